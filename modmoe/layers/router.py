@@ -1,0 +1,122 @@
+"""Routers: hidden states -> logits over the experts of a layer -> the chosen experts and their gates.
+
+Letters: N tokens, H hidden size, E experts, K experts per token, G router hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modmoe.ops import route
+
+
+class RouterOutput(NamedTuple):
+    """What a router decided; plain tensors, so that nothing is kept on the module between calls."""
+
+    logits: torch.Tensor
+    """(N, E) fp32: before the softmax."""
+    top_k_weights: torch.Tensor
+    """(N, K) fp32: gates of the chosen experts; 0 for tokens that are not routed."""
+    top_k_index: torch.Tensor
+    """(N, K) int64: the chosen experts; E for tokens that are not routed."""
+
+
+class Router(nn.Module):
+    """
+    Base of the router types. `weight` has one row per expert in all of them, so that adding or removing an expert
+    is adding or removing a row.
+
+    Scores are computed in fp32 whatever the model's dtype: a choice flips on differences that bf16 cannot hold.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalize: bool = False,
+        sample_top_k: int = 0,
+        selection_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.sample_top_k = sample_top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        # Added to the probabilities for the choice only; moved by its own rule, never by a gradient.
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(N, H) in fp32 or wider -> logits (N, E) in the same dtype."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> RouterOutput:
+        """
+        Args:
+            hidden_states: (N, H).
+            token_mask: (N,) bool; False tokens are not routed. All are if None.
+        """
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = self.scores(hidden_states.to(dtype))
+            routing = route(
+                logits,
+                self.top_k,
+                token_mask=token_mask,
+                selection_bias=self.selection_bias,
+                renormalize=self.renormalize,
+                sample_top_k=self.sample_top_k if self.training else 0,
+            )
+        return RouterOutput(logits, routing.top_k_weights, routing.top_k_index)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def _linear(hidden_states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """The layer in the input's dtype, also when its weights are stored in a narrower one."""
+    bias = None if layer.bias is None else layer.bias.to(hidden_states.dtype)
+    return F.linear(hidden_states, layer.weight.to(hidden_states.dtype), bias)
+
+
+class LinearRouter(Router):
+    """logits = W x."""
+
+    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+        super().__init__(hidden_size, num_experts, top_k, **options)
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
+
+
+class MLPRouter(Router):
+    """logits = W gelu(W0 x + b0), with the exact (erf) GELU. ModuleFormer's default."""
+
+    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+        super().__init__(router_hidden_size, num_experts, top_k, **options)
+        self.in_proj = nn.Linear(hidden_size, router_hidden_size)
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = F.gelu(_linear(hidden_states, self.in_proj))
+        return F.linear(inner, self.weight.to(inner.dtype))
+
+
+class GMMRouter(Router):
+    """logits = exp(log_temperature) * cos(W0 x, centroid_e); the rows of `weight` are the centroids. ModuleFormer."""
+
+    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+        super().__init__(router_hidden_size, num_experts, top_k, **options)
+        self.in_proj = nn.Linear(hidden_size, router_hidden_size, bias=False)
+        self.log_temperature = nn.Parameter(torch.zeros(1))
+
+    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        inner = F.normalize(_linear(hidden_states, self.in_proj), dim=-1)
+        centroids = F.normalize(self.weight.to(inner.dtype), dim=-1)
+        return self.log_temperature.to(inner.dtype).exp() * F.linear(inner, centroids)
+
+
+ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "mlp": MLPRouter, "gmm": GMMRouter}

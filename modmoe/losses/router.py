@@ -1,0 +1,176 @@
+"""Auxiliary losses of the routers.
+
+With g(m|x) the full softmax of a router and p(m) its mean over the routed tokens (E experts, N tokens):
+
+    mutual information   MI  = sum_m p log p - mean_x sum_m g log g = -I(m; x)    <= 0, at best -log E
+    load concentration   CON = -sum_m p log p = H(m)                              >= 0, 0: one expert does all
+    Switch               E * sum_m f_m p_m           f: share of the assignments, a constant to the gradient
+    router z             mean_x logsumexp(l)^2
+
+MI and CON: ModuleFormer, arXiv:2306.04640 section 3; Switch: arXiv:2101.03961 eq. (4) with f summing to one;
+z: ST-MoE, arXiv:2202.08906 eq. (5).
+
+Because sum_m dp = 0, the gradient of sum p log p is that of sum g * stopgrad(log p). So each loss is linear in
+sums over the local tokens once p and f are known: a plain all-reduce of those sums, taken outside of anything that
+is recomputed, makes values and gradients exact over ranks, and a first pass over all micro-batches makes them exact
+over an optimizer step.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.distributed as dist
+
+BalanceLoss = Literal["mi", "concentration", "switch", "none"]
+
+
+class RouterStatistics:
+    """
+    Sums over tokens from which every loss above follows, one vector per router; add them to merge token sets.
+
+    A vector is [sum of g (E), assignments (E), sum of g log g, sum of logsumexp^2, tokens], fp32 or wider.
+    """
+
+    def __init__(self, vectors: Sequence[torch.Tensor]) -> None:
+        self.vectors = tuple(vectors)
+
+    @classmethod
+    def of(
+        cls,
+        logits: Sequence[torch.Tensor],
+        top_k_index: Sequence[torch.Tensor],
+        token_mask: torch.Tensor | None = None,
+    ) -> Self:
+        """
+        Args:
+            logits: per router (N, E).
+            top_k_index: per router (N, K); index E counts for no expert.
+            token_mask: (N,) bool, the routed tokens; None is all.
+        """
+        return cls([_sums(l, i, token_mask) for l, i in zip(logits, top_k_index, strict=True)])
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)([a + b for a, b in zip(self.vectors, other.vectors, strict=True)])
+
+    def detach(self) -> Self:
+        return type(self)([v.detach() for v in self.vectors])
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """The sums over all ranks of the group, without gradient, in one collective."""
+        flat = torch.cat([v.detach() for v in self.vectors])
+        dist.all_reduce(flat, group=group)
+        return type(self)(flat.split([len(v) for v in self.vectors]))
+
+    def tokens_per_expert(self) -> list[torch.Tensor]:
+        """Per router (E,) fp32: how many tokens chose each expert."""
+        return [_split(v)[1].detach() for v in self.vectors]
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """() fp32: routed tokens; the same for every router."""
+        return self.vectors[0][-1].detach()
+
+
+def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    num_experts = logits.shape[-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_norm = logits.logsumexp(-1)
+    log_g = logits - log_norm[:, None]
+    g = log_g.exp()
+    keep = torch.ones_like(log_norm) if token_mask is None else token_mask.to(log_norm.dtype)
+    # The extra bin takes the sentinel index of tokens that are not routed.
+    counts = logits.new_zeros(num_experts + 1)
+    counts = counts.scatter_add(0, top_k_index.flatten(), torch.ones_like(top_k_index.flatten(), dtype=counts.dtype))
+    scalars = torch.stack([((g * log_g).sum(-1) * keep).sum(), (log_norm.square() * keep).sum(), keep.sum()])
+    return torch.cat([keep @ g, counts[:-1], scalars])
+
+
+class _Sums(NamedTuple):
+    prob: torch.Tensor
+    assignments: torch.Tensor
+    neg_entropy: torch.Tensor
+    z: torch.Tensor
+    tokens: torch.Tensor
+
+
+def _split(vector: torch.Tensor) -> _Sums:
+    num_experts = (len(vector) - 3) // 2
+    prob, assignments, scalars = vector.split([num_experts, num_experts, 3])
+    return _Sums(prob, assignments, *scalars.unbind())
+
+
+def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
+    """Each loss times the number of tokens it is averaged over: linear in the sums of the local tokens."""
+    sums, whole = _split(local), _split(reference.detach())
+    p = whole.prob / whole.tokens.clamp_min(1)
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    values = []
+    for kind in kinds:
+        if kind == "mi":
+            values.append(sums.prob @ log_p - sums.neg_entropy)
+        elif kind == "concentration":
+            values.append(-(sums.prob @ log_p))
+        elif kind == "switch":
+            f = whole.assignments / whole.assignments.sum().clamp_min(1)
+            values.append(len(p) * (sums.prob @ f))
+        else:
+            values.append(sums.z)
+    return torch.stack(values)
+
+
+class RouterLosses(NamedTuple):
+    """The auxiliary loss of one forward pass."""
+
+    aux_loss: torch.Tensor
+    """(): unscaled value over the reference tokens; carries the gradient of `contribution`'s normalisation 1."""
+    parts: dict[str, torch.Tensor]
+    """Detached value of each loss by name, over the reference tokens."""
+    contribution: torch.Tensor
+    """(): what this forward adds to the training loss before the coefficient; its sum over the micro-steps and
+    ranks of an optimizer step is the loss of the step."""
+
+
+def router_losses(
+    local: RouterStatistics,
+    reference: RouterStatistics,
+    *,
+    balance: BalanceLoss = "mi",
+    z_weight: float = 0.0,
+    reduction: Literal["mean", "sum"] = "mean",
+    weight: torch.Tensor | float | None = None,
+) -> RouterLosses:
+    """
+    Balance loss plus `z_weight` times the z-loss, per router, then reduced over routers.
+
+    Args:
+        local: sums over this forward's tokens, with gradient.
+        reference: sums over the tokens that define p and f: `local` itself, or all ranks, or the whole step.
+        balance: which balance loss.
+        z_weight: factor on the z-loss; 0 leaves it out.
+        reduction: over routers.
+        weight: factor on the sums of the local tokens in `contribution`; one over the reference's tokens if None.
+
+    Returns:
+        see `RouterLosses`; all in fp32 or wider.
+    """
+    kinds = ([] if balance == "none" else [balance]) + (["z"] if z_weight else [])
+    if not kinds:
+        zero = local.vectors[0].new_zeros(())
+        return RouterLosses(zero, {}, zero)
+    factors = local.vectors[0].new_tensor([z_weight if kind == "z" else 1.0 for kind in kinds])
+    numerators = torch.stack(
+        [_numerators(a, b, kinds) for a, b in zip(local.vectors, reference.vectors, strict=True)]
+    )
+    values = torch.stack([_numerators(b, b, kinds) for b in reference.detach().vectors])
+    scale = 1.0 / len(local.vectors) if reduction == "mean" else 1.0
+    per_token = 1.0 / reference.num_tokens.clamp_min(1)
+    totals = (values * per_token).sum(0) * scale
+    local_total = (numerators.sum(0) @ factors) * scale
+    surrogate = local_total * per_token
+    value = totals @ factors
+    return RouterLosses(
+        aux_loss=surrogate + (value - surrogate).detach(),
+        parts={kind: totals[i] for i, kind in enumerate(kinds)},
+        contribution=local_total * (per_token if weight is None else weight),
+    )

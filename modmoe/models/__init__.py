@@ -1,0 +1,19 @@
+"""The Hugging Face classes, and the formats that load into them."""
+
+from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.models.modeling_modmoe import (
+    ModMoEForCausalLM,
+    ModMoEForSequenceClassification,
+    ModMoEModel,
+    ModMoEPreTrainedModel,
+)
+from modmoe.models.moduleformer import ModuleFormerConfig
+
+__all__ = [
+    "ModMoEConfig",
+    "ModMoEForCausalLM",
+    "ModMoEForSequenceClassification",
+    "ModMoEModel",
+    "ModMoEPreTrainedModel",
+    "ModuleFormerConfig",
+]

@@ -1,0 +1,247 @@
+"""Configuration of the native model type `modmoe`."""
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# Keywords that `PreTrainedConfig` understands without declaring them as fields.
+_INHERITED_KEYWORDS = {
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "rope_theta",
+    "rope_scaling",
+}
+
+
+@strict
+class ModMoEConfig(PreTrainedConfig):
+    r"""
+    A modular language model: attention heads and feed-forward networks are pools of experts.
+
+    One expert without a router is a dense layer, on either side, so a dense Llama, a MoLM and a vision encoder
+    are all points of this one configuration. Source: ModuleFormer, arXiv:2306.04640, unless stated otherwise.
+
+    Args:
+        vocab_size: number of tokens of the vocabulary.
+        hidden_size: width of the residual stream (H).
+        num_hidden_layers: number of blocks (L).
+        num_attention_heads: query heads of *one* attention expert; a token reads `num_attn_experts_per_tok` times
+            as many.
+        num_key_value_heads: key/value heads shared by all attention experts of a layer; must divide
+            `num_attention_heads`; defaults to it.
+        head_dim: width of a head (D); defaults to `hidden_size // num_attention_heads`.
+        num_attn_experts: attention experts of a layer, or a list with one count per layer. 1 is dense attention.
+        num_attn_experts_per_tok: attention experts that a token uses (top-k), or a list per layer.
+        intermediate_size: inner width of *one* FFN expert (I).
+        num_experts: FFN experts of a layer, or a list with one count per layer. 1 is a dense FFN.
+        num_experts_per_tok: FFN experts that a token uses (top-k), or a list per layer.
+        num_shared_experts: FFN experts every token passes through, without a router.
+        gated_ffn: `act(gate) * up` (SwiGLU and its kin) if true, else a plain two-layer FFN (MoLM).
+        hidden_act: activation of the FFN, a name of `transformers.activations.ACT2FN`.
+        attention_type: "stickbreaking" (arXiv:2410.17980; no position embedding) or "softmax" with RoPE.
+        attend_current: whether stick-breaking attention includes the query's own position.
+        is_causal: causal, or bidirectional (softmax only).
+        attention_dropout: dropout on attention weights (softmax only).
+        key_value_bias: whether the key and value projections have a bias.
+        rope_parameters: RoPE settings of transformers (softmax only).
+        max_position_embeddings: longest sequence seen in training. A hint for tools; limits nothing here.
+        norm_type: "rmsnorm" or "layernorm".
+        norm_eps: epsilon of every norm.
+        router_type: "mlp" (ModuleFormer's default), "linear" or "gmm" (cosine times a learned temperature).
+        router_hidden_size: inner width of "mlp" and "gmm" routers; unused by "linear".
+        norm_topk_prob: whether the gates of the chosen experts are rescaled to sum to one. ModuleFormer does not.
+        sample_topk: in training, how many of the top-k are drawn at random instead of taken from the best.
+        route_padding: whether tokens with `attention_mask == 0` are routed and counted, as in IBM's code.
+        use_selection_bias: aux-loss-free balancing (arXiv:2408.15664): a bias per expert on the choice, not the gate.
+        selection_bias_update_rate: step of that bias per optimizer step.
+        router_aux_loss_type: "mi" (mutual information), "concentration", "switch" or "none".
+        router_aux_loss_coef: factor on the auxiliary loss in the training loss.
+        router_aux_loss_reduction: "mean" over routers, or "sum" as in IBM's code.
+        router_z_loss_weight: factor on the z-loss inside the auxiliary loss.
+        aux_scope: tokens over which expert shares are taken: "micro_step" (one forward, all data-parallel ranks) or
+            "global_batch" (the whole optimizer step; needs `router_statistics` from a first pass).
+        initializer_range: standard deviation of the normal initialisation.
+        use_cache: whether to return a key/value cache.
+        output_router_logits: whether outputs carry the router logits.
+        tie_word_embeddings: whether the output layer shares the embedding's weight.
+
+    Raises:
+        ValueError: for unknown fields and for contradictory values; names the field, the value and what is allowed.
+
+    Example:
+        >>> from modmoe import ModMoEConfig, ModMoEForCausalLM
+        >>> model = ModMoEForCausalLM(ModMoEConfig(hidden_size=256, num_hidden_layers=4))
+    """
+
+    model_type = "modmoe"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "aux_loss",
+        "aux_losses",
+        "cross_entropy",
+        "tokens_per_expert",
+        "attn_tokens_per_expert",
+    ]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_local_experts": "num_experts",
+        "rms_norm_eps": "norm_eps",
+        "layer_norm_eps": "norm_eps",
+    }
+    base_model_ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_attn_experts: int | list[int] = 16
+    num_attn_experts_per_tok: int | list[int] = 2
+    intermediate_size: int = 2048
+    num_experts: int | list[int] = 32
+    num_experts_per_tok: int | list[int] = 2
+    num_shared_experts: int = 0
+    gated_ffn: bool = True
+    hidden_act: str = "silu"
+    attention_type: Literal["stickbreaking", "softmax"] = "stickbreaking"
+    attend_current: bool = True
+    is_causal: bool = True
+    attention_dropout: float | int = 0.0
+    key_value_bias: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    max_position_embeddings: int = 4096
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    router_type: Literal["mlp", "linear", "gmm"] = "mlp"
+    router_hidden_size: int = 256
+    norm_topk_prob: bool = False
+    sample_topk: int = 0
+    route_padding: bool = False
+    use_selection_bias: bool = False
+    selection_bias_update_rate: float = 1e-3
+    router_aux_loss_type: Literal["mi", "concentration", "switch", "none"] = "mi"
+    router_aux_loss_coef: float = 0.01
+    router_aux_loss_reduction: Literal["mean", "sum"] = "mean"
+    router_z_loss_weight: float = 0.0
+    aux_scope: Literal["micro_step", "global_batch"] = "micro_step"
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    output_router_logits: bool = False
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._reject_unknown(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}: change one of them or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if isinstance(self.hidden_act, str) and self.hidden_act == "":
+            raise ValueError("hidden_act='' is empty: give the name of an activation, such as 'silu'")
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _reject_unknown(cls, kwargs: dict[str, Any]) -> None:
+        fields = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
+        allowed = fields | _INHERITED_KEYWORDS
+        for name, value in kwargs.items():
+            if name in allowed or name.startswith("_"):
+                continue
+            near = difflib.get_close_matches(name, sorted(fields), n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known fields: {', '.join(sorted(fields))}"
+            raise ValueError(f"unknown field {name}={value!r} in {cls.__name__}; {hint}")
+
+    def validate_architecture(self) -> None:
+        """Checks of one field against another; run by `@strict` after construction."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
+            "router_hidden_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        for side in ("attn_experts", "experts"):
+            self._validate_experts(f"num_{side}", f"num_{side}_per_tok")
+        if self.num_shared_experts < 0:
+            raise ValueError(f"num_shared_experts={self.num_shared_experts} must not be negative")
+        if self.attention_type == "stickbreaking" and not self.is_causal:
+            raise ValueError(
+                "is_causal=False contradicts attention_type='stickbreaking', which is causal by definition: "
+                "use attention_type='softmax' for a bidirectional model"
+            )
+        if self.attention_type == "stickbreaking" and self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} needs attention_type='softmax'; "
+                "stick-breaking attention has no dropout"
+            )
+        if self.attention_type == "softmax" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for attention_type='softmax' (RoPE)")
+
+    def _validate_experts(self, count_name: str, top_k_name: str) -> None:
+        for name in (count_name, top_k_name):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name}={value} has {len(value)} entries; a list needs one per layer, "
+                    f"num_hidden_layers={self.num_hidden_layers}"
+                )
+        for layer in range(self.num_hidden_layers):
+            count, top_k = self._at(count_name, layer), self._at(top_k_name, layer)
+            if count < 1:
+                raise ValueError(f"{count_name}={count} in layer {layer} must be at least 1 (1 is a dense layer)")
+            if count > 1 and not 1 <= top_k <= count:
+                raise ValueError(
+                    f"{top_k_name}={top_k} in layer {layer} must be between 1 and {count_name}={count}"
+                )
+            if count > 1 and not 0 <= self.sample_topk <= top_k:
+                raise ValueError(
+                    f"sample_topk={self.sample_topk} must be between 0 and {top_k_name}={top_k} (layer {layer})"
+                )
+
+    def _at(self, name: str, layer: int) -> int:
+        value = getattr(self, name)
+        return value[layer] if isinstance(value, list) else value
+
+    def attn_experts_at(self, layer: int) -> tuple[int, int]:
+        """Attention experts of a layer and its top-k; (1, 1) for a dense layer."""
+        count = self._at("num_attn_experts", layer)
+        return count, 1 if count == 1 else self._at("num_attn_experts_per_tok", layer)
+
+    def experts_at(self, layer: int) -> tuple[int, int]:
+        """FFN experts of a layer and its top-k; (1, 1) for a dense layer."""
+        count = self._at("num_experts", layer)
+        return count, 1 if count == 1 else self._at("num_experts_per_tok", layer)
+
+
+__all__ = ["ModMoEConfig"]

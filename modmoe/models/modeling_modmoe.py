@@ -1,0 +1,801 @@
+"""The model: pre-norm blocks whose attention heads and feed-forward networks are pools of experts.
+
+Letters: B batch, T new tokens, S keys (cached ones included), N = B * T, H hidden size, K experts per token,
+E experts, D head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from modmoe.layers.experts import AttentionExperts, GatedExperts, PlainExperts
+from modmoe.layers.router import ROUTERS, Router, RouterOutput
+from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
+from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.ops import dispatch_plan, stickbreaking_attention
+
+
+@dataclass
+class ModMoEModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Output of `ModMoEModel`; the fields of `MoeModelOutputWithPast` and what follows.
+
+    `attentions` are (B, heads, T, S) with heads key/value-major, then expert slot. Router tensors come one per layer
+    that has such a router, if asked for; `router_logits` (N, E) fp32 are those of the FFN routers.
+
+    Args:
+        attn_router_logits: of the attention routers, (N, E) fp32.
+        router_indices: choices of the FFN routers, (N, K) int64; E for a token that is not routed.
+        attn_router_indices: choices of the attention routers.
+    """
+
+    attn_router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+    attn_router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Output of the models with a head; the fields of `MoeCausalLMOutputWithPast`, the router tensors of
+    `ModMoEModelOutputWithPast` and what follows.
+
+    `loss` is cross entropy + `router_aux_loss_coef` * router losses: this forward's share of the step's loss.
+    `aux_loss` is the unscaled router loss over the tokens of this micro-step on all data-parallel ranks (or of the
+    whole step, with `router_statistics`), reduced over routers.
+
+    Args:
+        cross_entropy: the first term of `loss`, detached.
+        aux_losses: the losses that `aux_loss` is made of by name, detached.
+        tokens_per_expert: per FFN router (E,) fp32, how many local tokens chose each expert.
+        attn_tokens_per_expert: the same for attention routers.
+    """
+
+    attn_router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+    attn_router_indices: tuple[torch.Tensor, ...] | None = None
+    cross_entropy: torch.Tensor | None = None
+    aux_losses: dict[str, torch.Tensor] | None = None
+    tokens_per_expert: tuple[torch.Tensor, ...] | None = None
+    attn_tokens_per_expert: tuple[torch.Tensor, ...] | None = None
+
+
+class LayerOutput(NamedTuple):
+    """Flat, so that every form of activation checkpointing carries the gradient of each tensor."""
+
+    hidden_states: torch.Tensor
+    attn_router_logits: torch.Tensor | None
+    attn_router_index: torch.Tensor | None
+    router_logits: torch.Tensor | None
+    router_index: torch.Tensor | None
+
+
+def _norm(config: ModMoEConfig) -> nn.Module:
+    cls = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return cls(config.hidden_size, eps=config.norm_eps)
+
+
+def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None:
+    """None for a dense layer."""
+    if num_experts == 1:
+        return None
+    return ROUTERS[config.router_type](
+        config.hidden_size,
+        config.router_hidden_size,
+        num_experts,
+        top_k,
+        renormalize=config.norm_topk_prob,
+        sample_top_k=config.sample_topk,
+        selection_bias=config.use_selection_bias,
+    )
+
+
+def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+    """
+    Index of the first token of each token's own document, from positions that restart in packed documents.
+
+    Args:
+        position_ids: (B, T); a document begins wherever a position is not its predecessor's plus one.
+
+    Returns:
+        (B, T) int64.
+    """
+    continues = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    index = torch.arange(1, position_ids.shape[1], device=position_ids.device)
+    starts = torch.where(continues, 0, index)
+    return nn.functional.pad(starts, (1, 0)).cummax(-1).values
+
+
+class AttentionInputs(NamedTuple):
+    """What every attention layer of one forward pass shares."""
+
+    key_mask: torch.Tensor | None = None
+    """(B, S) bool, stick-breaking: keys that exist."""
+    document_start: torch.Tensor | None = None
+    """(B, T) int64, stick-breaking: first key of the query's own document."""
+    softmax_mask: Any = None
+    """What the attention interface of transformers made of the mask, softmax."""
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    """cos and sin of RoPE, softmax."""
+
+
+class ModMoEAttention(nn.Module):
+    """A pool of attention experts over keys and values that they share."""
+
+    def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = config.is_causal
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        num_experts, self.top_k = config.attn_experts_at(layer_idx)
+        self.num_key_value_groups = self.top_k * self.num_heads // self.num_kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.gate = _router(config, num_experts, self.top_k)
+        self.experts = AttentionExperts(config.hidden_size, num_experts, self.num_heads * self.head_dim)
+        kv_size = self.num_kv_heads * self.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        inputs: AttentionInputs,
+        token_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterOutput | None]:
+        """(B, T, H) -> output (B, T, H), weights (B, heads, T, S) or None, router output or None."""
+        batch, length, _ = hidden_states.shape
+        flat = hidden_states.flatten(0, 1)
+        routing = None if self.gate is None else self.gate(flat, token_mask)
+        plan = None if routing is None else dispatch_plan(routing.top_k_index, self.experts.num_experts)
+        queries = self._heads_first(self.experts.map(flat, plan, self.top_k), batch, length)
+        keys, values = (
+            proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+            for proj in (self.k_proj, self.v_proj)
+        )
+        if inputs.position_embeddings is not None:
+            queries, keys = apply_rotary_pos_emb(queries, keys, *inputs.position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        heads, weights = self._attend(queries, keys, values, inputs, **kwargs)
+        gates = None if routing is None else routing.top_k_weights
+        output = self.experts.reduce(self._tokens_first(heads), plan, self.top_k, gates)
+        return output.view(batch, length, -1), weights, routing
+
+    def _heads_first(self, queries: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        """(N * K, heads * D) -> (B, kv heads * K * group, T, D): query heads of one kv head are neighbours."""
+        queries = queries.view(batch, length, self.top_k, self.num_kv_heads, -1, self.head_dim)
+        return queries.permute(0, 3, 2, 4, 1, 5).reshape(batch, -1, length, self.head_dim)
+
+    def _tokens_first(self, heads: torch.Tensor) -> torch.Tensor:
+        """The inverse: (B, kv heads * K * group, T, D) -> (N * K, heads * D)."""
+        batch, _, length, _ = heads.shape
+        heads = heads.reshape(batch, self.num_kv_heads, self.top_k, -1, length, self.head_dim)
+        return heads.permute(0, 4, 2, 1, 3, 5).reshape(batch * length * self.top_k, -1)
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: AttentionInputs,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.config.attention_type == "stickbreaking":
+            want_weights = kwargs.get("output_attentions", self.config.output_attentions)
+            out, _, *weights = stickbreaking_attention(
+                queries,
+                keys,
+                values,
+                scale=self.scaling,
+                attend_current=self.config.attend_current,
+                key_mask=inputs.key_mask,
+                document_start=inputs.document_start,
+                return_weights=bool(want_weights),
+            )
+            return out, weights[0] if weights else None
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        out, weights = attend(
+            self, queries, keys, values, inputs.softmax_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return out.transpose(1, 2), weights
+
+
+class SharedExpert(nn.Module):
+    """The FFN that every token passes through beside its routed experts."""
+
+    def __init__(self, config: ModMoEConfig) -> None:
+        super().__init__()
+        self.experts = _ffn_experts(config, 1, config.num_shared_experts * config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.experts.dense(hidden_states)
+
+
+def _ffn_experts(config: ModMoEConfig, num_experts: int, intermediate_size: int) -> nn.Module:
+    cls = GatedExperts if config.gated_ffn else PlainExperts
+    return cls(config, num_experts, intermediate_size)
+
+
+class ModMoEMLP(nn.Module):
+    """A pool of feed-forward experts, with optional shared ones."""
+
+    def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        num_experts, top_k = config.experts_at(layer_idx)
+        self.gate = _router(config, num_experts, top_k)
+        self.experts = _ffn_experts(config, num_experts, config.intermediate_size)
+        self.shared_expert = SharedExpert(config) if config.num_shared_experts else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterOutput | None]:
+        """(B, T, H) -> (B, T, H) and the router output, None in a dense layer."""
+        flat = hidden_states.flatten(0, 1)
+        if self.gate is None:
+            routing, output = None, self.experts.dense(flat)
+        else:
+            routing = self.gate(flat, token_mask)
+            output = self.experts(flat, routing.top_k_index, routing.top_k_weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(flat)
+        return output.view_as(hidden_states), routing
+
+
+class ModMoEDecoderLayer(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + FFN(norm(x))."""
+
+    def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = _norm(config)
+        self.self_attn = ModMoEAttention(config, layer_idx)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = ModMoEMLP(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        inputs: AttentionInputs,
+        token_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> LayerOutput:
+        """(B, T, H) -> (B, T, H) and what the two routers decided, None for a dense side."""
+        attended, _, attn_routing = self.self_attn(
+            self.input_layernorm(hidden_states), inputs, token_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        transformed, routing = self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+        return LayerOutput(
+            hidden_states + transformed,
+            None if attn_routing is None else attn_routing.logits,
+            None if attn_routing is None else attn_routing.top_k_index,
+            None if routing is None else routing.logits,
+            None if routing is None else routing.top_k_index,
+        )
+
+
+class ModMoEPreTrainedModel(PreTrainedModel):
+    """Initialisation and strict loading."""
+
+    config: ModMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ModMoEDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # These concern the softmax attention type; see `get_correct_attn_implementation` for the other.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["self_attn.gate", "mlp.gate"]
+    _can_record_outputs = {
+        "hidden_states": ModMoEDecoderLayer,
+        "attentions": OutputRecorder(ModMoEAttention, index=1),
+    }
+    _head_keys = ("score.",)
+    """Prefixes of weights that a fine-tuning task adds, and that a base checkpoint may lack."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The decorated classes live in modmoe/layers/experts.py, where transformers does not look for them.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Our own ops ("eager" to transformers) unless another implementation is asked for by name."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """
+        Raises:
+            ValueError: if a softmax kernel is asked for a stick-breaking model: it would be another model.
+        """
+        if self.config.attention_type == "stickbreaking":
+            if requested_attention not in (None, "eager"):
+                raise ValueError(
+                    f"attn_implementation={requested_attention!r} computes softmax attention, but this model's "
+                    "config says attention_type='stickbreaking'; leave attn_implementation unset"
+                )
+            return "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.selection_bias is not None:
+                init.zeros_(module.selection_bias)
+            if hasattr(module, "log_temperature"):
+                init.zeros_(module.log_temperature)
+        elif isinstance(module, AttentionExperts | GatedExperts | PlainExperts):
+            for weight in module.parameters(recurse=False):
+                init.normal_(weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """
+        As in transformers, but strict: weights and config must cover each other, and only safetensors are read.
+
+        Raises:
+            ValueError: damaged file, pickled weights, or weights that the config does not match.
+        """
+        where = pretrained_model_name_or_path
+        _refuse_pickles(where)
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights in {where} are damaged or truncated ({error}): copy or save the checkpoint again"
+            ) from error
+        model._check_coverage(where, info)
+        return (model, info) if output_loading_info else model
+
+    def _check_coverage(self, where: Any, info: dict[str, Any]) -> None:
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith(self._head_keys))
+        if missing:
+            raise ValueError(
+                f"the weights in {where} do not match its config: {len(missing)} tensors are missing, such as "
+                f"{missing[0]}; use the config.json that was saved with these weights"
+            )
+        layers = ("model.layers.", "layers.")
+        unexpected = sorted(k for k in info["unexpected_keys"] if k.startswith(layers))
+        if unexpected:
+            raise ValueError(
+                f"the weights in {where} do not match its config: {len(unexpected)} tensors have no place in the "
+                f"model, such as {unexpected[0]}; use the config.json that was saved with these weights"
+            )
+
+
+def _refuse_pickles(where: Any) -> None:
+    folder = Path(where) if isinstance(where, str | Path) else None
+    if folder is None or not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds pickled weights ({pickles[0]}), which can run code when read: only safetensors are "
+            "loaded. Convert old ModuleFormer weights with tools/convert_moduleformer.py"
+        )
+
+
+class ModMoEModel(ModMoEPreTrainedModel):
+    """The stack of blocks without a head."""
+
+    def __init__(self, config: ModMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([ModMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = _norm(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config) if config.attention_type == "softmax" else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModMoEModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T) int64; or `inputs_embeds` (B, T, H).
+            attention_mask: (B, S), 0 for padding on either side. Padding is not routed, attended or counted.
+            position_ids: (B, T). Where they do not go up by one a new document begins, which attention does not
+                cross (packing; only without a cache).
+            past_key_values: cache of the tokens before these.
+            use_cache: whether to return a cache.
+            output_router_logits: whether to return logits and choices of every router.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            _check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            inputs_embeds = self.embed_tokens(input_ids)
+        given_cache = past_key_values
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        inputs = self._attention_inputs(inputs_embeds, attention_mask, position_ids, given_cache)
+        token_mask = self.token_mask(attention_mask, inputs_embeds.shape[1])
+
+        hidden_states = inputs_embeds
+        routing: list[LayerOutput] = []
+        for layer in self.layers:
+            output = LayerOutput(
+                *layer(hidden_states, inputs, token_mask=token_mask, past_key_values=past_key_values, **kwargs)
+            )
+            hidden_states = output.hidden_states
+            routing.append(output)
+        result = ModMoEModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if wanted:
+            result.router_logits = _present(o.router_logits for o in routing)
+            result.router_indices = _present(o.router_index for o in routing)
+            result.attn_router_logits = _present(o.attn_router_logits for o in routing)
+            result.attn_router_indices = _present(o.attn_router_index for o in routing)
+        return result
+
+    def token_mask(self, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+        """(N,) bool, the tokens that routers see; None is all."""
+        if attention_mask is None or attention_mask.ndim != 2 or self.config.route_padding:
+            return None
+        return attention_mask[:, -length:].reshape(-1).bool()
+
+    def _attention_inputs(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> AttentionInputs:
+        batch, length = embeds.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        if self.config.attention_type == "stickbreaking":
+            _check_stickbreaking_mask(attention_mask, batch, seen + length, cache)
+            packed = position_ids is not None and cache is None
+            return AttentionInputs(
+                key_mask=None if attention_mask is None else attention_mask.bool(),
+                document_start=document_starts(position_ids.expand(batch, -1)) if packed else None,
+            )
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+        )
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
+        return AttentionInputs(
+            softmax_mask=mask, position_embeddings=self.rotary_emb(embeds, position_ids=position_ids)
+        )
+
+
+def _present(tensors: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in tensors if t is not None)
+
+
+def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """On the CPU, where looking is free; elsewhere the embedding's own device assertion stands."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids hold {wrong}, outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
+
+
+def _check_stickbreaking_mask(
+    attention_mask: torch.Tensor | None, batch: int, num_keys: int, cache: Cache | None
+) -> None:
+    if cache is not None and cache.is_compileable:
+        raise ValueError(
+            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused "
+            f"slots: use DynamicCache, not {type(cache).__name__}"
+        )
+    if attention_mask is not None and attention_mask.shape != (batch, num_keys):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; stick-breaking attention needs "
+            f"{(batch, num_keys)}: one entry for each of the {num_keys} tokens, cached ones included"
+        )
+
+
+class _WithRouterLosses(ModMoEPreTrainedModel):
+    """What the two heads share: losses and statistics of the routers of `self.model`."""
+
+    model: ModMoEModel
+
+    def _statistics(
+        self, outputs: ModMoEModelOutputWithPast, attention_mask: torch.Tensor | None
+    ) -> RouterStatistics | None:
+        """Sums over this forward's tokens, FFN routers before attention routers; None if there is no router."""
+        logits = outputs.router_logits + outputs.attn_router_logits
+        if not logits:
+            return None
+        mask = self.model.token_mask(attention_mask, outputs.last_hidden_state.shape[1])
+        return RouterStatistics.of(logits, outputs.router_indices + outputs.attn_router_indices, mask)
+
+    @torch.no_grad()
+    def router_statistics(self, attention_mask: torch.Tensor | None = None, **inputs: Any) -> RouterStatistics:
+        """
+        First pass of `aux_scope="global_batch"`: sums of one micro-batch on this rank, without gradient.
+
+        Add those of all micro-batches, `all_reduce()` them when distributed, and give the total to each forward of
+        the step as `router_statistics`, along with `num_items_in_batch`.
+
+        Args:
+            attention_mask, inputs: as for `forward`; `labels` are ignored.
+        """
+        inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        inputs |= {"use_cache": False, "output_router_logits": True}
+        outputs = self.model(attention_mask=attention_mask, **inputs)
+        statistics = self._statistics(outputs, attention_mask)
+        if statistics is None:
+            raise ValueError("this model has no router, so there are no router statistics: use aux_scope='micro_step'")
+        return statistics
+
+    def _router_losses(
+        self,
+        local: RouterStatistics,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        num_tokens_in_batch: torch.Tensor | int | None,
+        step: RouterStatistics | None,
+    ) -> RouterLosses:
+        config = self.config
+        world = dist.get_world_size() if self.training and dist.is_available() and dist.is_initialized() else 1
+        reference = step or (local.all_reduce() if world > 1 else local.detach())
+        weight: torch.Tensor | float | None = None
+        if step is not None:
+            weight = None  # the reference already holds the tokens of the whole step
+        elif num_tokens_in_batch is not None:
+            weight = 1.0 / num_tokens_in_batch
+        elif num_items_in_batch is not None and labels is not None:
+            share = (labels != -100).sum() / num_items_in_batch
+            weight = share / local.num_tokens.clamp_min(1)
+        elif world > 1:  # the caller averages losses over ranks, so each rank counts `world` times
+            weight = world / reference.num_tokens.clamp_min(1)
+        return router_losses(
+            local,
+            reference,
+            balance=config.router_aux_loss_type,
+            z_weight=config.router_z_loss_weight,
+            reduction=config.router_aux_loss_reduction,
+            weight=weight,
+        )
+
+    def _result(
+        self, logits: torch.Tensor, outputs: ModMoEModelOutputWithPast, with_routing: bool
+    ) -> ModMoECausalLMOutputWithPast:
+        keys = ["past_key_values", "hidden_states", "attentions"]
+        if with_routing:
+            keys += ["router_logits", "attn_router_logits", "router_indices", "attn_router_indices"]
+        return ModMoECausalLMOutputWithPast(logits=logits, **{k: outputs.get(k) for k in keys})
+
+    def _add_losses(
+        self,
+        result: ModMoECausalLMOutputWithPast,
+        outputs: ModMoEModelOutputWithPast,
+        task_loss: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *shares: Any,
+    ) -> None:
+        result.loss, result.cross_entropy = task_loss, task_loss.detach()
+        statistics = self._statistics(outputs, attention_mask)
+        if statistics is None:
+            return
+        losses = self._router_losses(statistics, *shares)
+        result.loss = task_loss + self.config.router_aux_loss_coef * losses.contribution
+        result.aux_loss, result.aux_losses = losses.aux_loss, losses.parts
+        loads, ffn_routers = statistics.tokens_per_expert(), len(outputs.router_logits)
+        result.tokens_per_expert = tuple(loads[:ffn_routers])
+        result.attn_tokens_per_expert = tuple(loads[ffn_routers:])
+
+    @torch.no_grad()
+    def update_selection_bias(
+        self,
+        tokens_per_expert: tuple[torch.Tensor, ...],
+        attn_tokens_per_expert: tuple[torch.Tensor, ...],
+    ) -> None:
+        """
+        b <- b + rate * sign(mean load - load), once per optimizer step (arXiv:2408.15664, algorithm 1).
+
+        Args:
+            tokens_per_expert, attn_tokens_per_expert: as in the outputs, summed over micro-steps and ranks.
+        """
+        if not self.config.use_selection_bias:
+            raise ValueError("use_selection_bias=False: set it in the config to balance by selection bias")
+        layers = self.model.layers
+        gates = [layer.mlp.gate for layer in layers] + [layer.self_attn.gate for layer in layers]
+        routers = [gate for gate in gates if gate is not None]
+        for router, load in zip(routers, (*tokens_per_expert, *attn_tokens_per_expert), strict=True):
+            load = load.to(router.selection_bias)
+            router.selection_bias += self.config.selection_bias_update_rate * (load.mean() - load).sign()
+
+
+class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
+    """The model with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    # Proven by tests/unit/models/test_compile.py.
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: ModMoEConfig) -> None:
+        super().__init__(config)
+        self.model = ModMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_tokens_in_batch: torch.Tensor | int | None = None,
+        router_statistics: RouterStatistics | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModMoECausalLMOutputWithPast:
+        """
+        Args (the rest as for `ModMoEModel.forward`):
+            labels: (B, T); -100 is ignored in the cross entropy. They change nothing for the routers.
+            logits_to_keep: how many last positions get logits, 0 for all, or their indices.
+            num_items_in_batch: labels of the whole optimizer step on all ranks; the loss is then a share of the
+                step's sum, to be added over micro-steps and ranks.
+            num_tokens_in_batch: routed tokens of the whole step on all ranks, likewise for the router losses;
+                without it they are weighted by this micro-batch's share of the labels.
+            router_statistics: of the whole step, for `aux_scope="global_batch"`; see `router_statistics()`.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        with_losses = labels is not None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=with_losses or output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        result = self._result(logits, outputs, output_router_logits)
+        if not with_losses:
+            return result
+        loss = self.loss_function(
+            logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        self._add_losses(
+            result, outputs, loss, attention_mask, labels, num_items_in_batch, num_tokens_in_batch, router_statistics
+        )
+        return result
+
+
+class ModMoEForSequenceClassification(_WithRouterLosses):
+    """The model with a linear classifier on the last token that is not padding."""
+
+    def __init__(self, config: ModMoEConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ModMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        router_statistics: RouterStatistics | None = None,
+        num_tokens_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModMoECausalLMOutputWithPast:
+        """
+        Args (the rest as for `ModMoEForCausalLM.forward`):
+            attention_mask: (B, T); says which token is the last real one. Without it `pad_token_id` does.
+            labels: (B,) classes, (B,) values, or (B, labels) for several at once.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=labels is not None or output_router_logits,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        last = self._last_token(input_ids, attention_mask, logits.shape[:2])
+        pooled = logits[torch.arange(len(logits), device=logits.device), last]
+        result = self._result(pooled, outputs, output_router_logits)
+        if labels is None:
+            return result
+        loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        self._add_losses(
+            result, outputs, loss, attention_mask, None, None, num_tokens_in_batch, router_statistics
+        )
+        return result
+
+    def _last_token(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, shape: torch.Size
+    ) -> torch.Tensor | int:
+        if attention_mask is not None:
+            real = attention_mask[:, -shape[1] :].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        elif shape[0] == 1:
+            return -1
+        else:
+            raise ValueError(f"a batch of {shape[0]} needs attention_mask or config.pad_token_id to find last tokens")
+        index = torch.arange(shape[1], device=real.device)
+        return (index * real).argmax(-1)
+
+
+__all__ = [
+    "ModMoEForCausalLM",
+    "ModMoEForSequenceClassification",
+    "ModMoEModel",
+    "ModMoEPreTrainedModel",
+]

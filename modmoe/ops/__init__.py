@@ -1,0 +1,21 @@
+"""The only door to kernels: stick-breaking attention, routing and grouped linear maps as plain torch ops.
+
+Each op has a slow reference, a fast implementation in PyTorch, a fake (shape) function and gradients, and can be
+taken from here into any other PyTorch model. Nothing here knows transformers.
+"""
+
+from .backend import BACKENDS, use_backend
+from .grouped_linear import grouped_linear
+from .routing import DispatchPlan, Routing, dispatch_plan, route
+from .stickbreaking import stickbreaking_attention
+
+__all__ = [
+    "BACKENDS",
+    "DispatchPlan",
+    "Routing",
+    "dispatch_plan",
+    "grouped_linear",
+    "route",
+    "stickbreaking_attention",
+    "use_backend",
+]

@@ -1,0 +1,161 @@
+"""From router logits to experts, and from experts to the order in which grouped products want the rows.
+
+Letters: N tokens, E experts, K experts per token, S = N * K (token, slot) pairs; pair p = token * K + slot.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import library
+
+
+class Routing(NamedTuple):
+    """The experts of each token: gates (N, K) in float32 and expert ids (N, K) in int64, E for "none"."""
+
+    top_k_weights: Tensor
+    top_k_index: Tensor
+
+
+class DispatchPlan(NamedTuple):
+    """How pairs are grouped by expert.
+
+    Attributes:
+        tokens_per_expert: (E,) int32, number of pairs of each expert.
+        offsets: (E,) int32, its inclusive cumulative sum: expert e owns sorted rows offsets[e - 1] to offsets[e].
+        order: (S,) int64, the pair in each sorted row; stable, pairs with no expert last.
+        inverse: (S,) int64, the sorted row of each pair.
+    """
+
+    tokens_per_expert: Tensor
+    offsets: Tensor
+    order: Tensor
+    inverse: Tensor
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    token_mask: Tensor | None = None,
+    selection_bias: Tensor | None = None,
+    renormalize: bool = False,
+    sample_top_k: int = 0,
+    generator: torch.Generator | None = None,
+) -> Routing:
+    """Choose `top_k` experts for each token, gated by a softmax over all experts (in float32).
+
+    Gradient reaches `logits` through the gates alone; the choice itself has none.
+
+    Args:
+        logits: (N, E), any floating dtype; float64 stays float64.
+        top_k: number of experts per token, 1 to E.
+        token_mask: (N,) bool; False tokens get gate 0 and expert id E, and so take no slot anywhere.
+        selection_bias: (E,), added to the probabilities for the choice only (arXiv:2408.15664).
+        renormalize: divide the gates of a token by their sum.
+        sample_top_k: of the `top_k`, how many are drawn at random, without replacement, with weights p + 1e-6; the
+            others are the best ones (ModuleFormer `sample_topk`, for training).
+        generator: source of that randomness.
+
+    Returns:
+        Gates and expert ids, (N, K) each, best expert first (drawn ones after the best ones).
+
+    Raises:
+        ValueError: shapes that do not fit, `top_k` not in 1..E, `sample_top_k` not in 0..top_k.
+        TypeError: logits that are not floating point, a mask that is not bool.
+    """
+    _check_route(logits, top_k, token_mask, selection_bias, sample_top_k)
+    num_experts = logits.shape[1]
+    probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    with torch.no_grad():
+        index = _choose(probs, top_k, selection_bias, sample_top_k, generator)
+    weights = probs.gather(1, index)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    if token_mask is not None:
+        weights = weights.masked_fill(~token_mask[:, None], 0.0)
+        index = index.masked_fill(~token_mask[:, None], num_experts)
+    return Routing(weights, index)
+
+
+def _choose(
+    probs: Tensor, top_k: int, bias: Tensor | None, sample_top_k: int, generator: torch.Generator | None
+) -> Tensor:
+    scores = probs if bias is None else probs + bias
+    best = scores.topk(top_k - sample_top_k, dim=-1).indices
+    if not sample_top_k:
+        return best
+    chances = (probs + 1e-6).scatter(1, best, 0.0)
+    drawn = torch.multinomial(chances, sample_top_k, generator=generator)
+    return torch.cat([best, drawn], dim=-1)
+
+
+def _check_route(
+    logits: Tensor, top_k: int, token_mask: Tensor | None, selection_bias: Tensor | None, sample_top_k: int
+) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (tokens, experts), got shape {tuple(logits.shape)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    num_tokens, num_experts = logits.shape
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be between 1 and the number of experts ({num_experts}), got {top_k}")
+    if not 0 <= sample_top_k <= top_k:
+        raise ValueError(f"sample_top_k must be between 0 and top_k ({top_k}), got {sample_top_k}")
+    if selection_bias is not None and selection_bias.shape != (num_experts,):
+        raise ValueError(f"selection_bias must have shape ({num_experts},), got {tuple(selection_bias.shape)}")
+    if token_mask is not None:
+        if token_mask.dtype != torch.bool:
+            raise TypeError(f"token_mask must be bool (True = real token), got {token_mask.dtype}")
+        if token_mask.shape != (num_tokens,):
+            raise ValueError(f"token_mask must have shape ({num_tokens},), got {tuple(token_mask.shape)}")
+
+
+def dispatch_plan(top_k_index: Tensor, num_experts: int) -> DispatchPlan:
+    """Group the (token, slot) pairs by expert; all shapes are static and nothing is read back from the device.
+
+    Args:
+        top_k_index: (N, K) integer expert ids, 0 to E - 1, or E for a slot without an expert. Values are not checked.
+        num_experts: E.
+
+    Returns:
+        The plan; see `DispatchPlan`.
+
+    Raises:
+        ValueError: `top_k_index` is not (N, K), or `num_experts` < 1.
+        TypeError: `top_k_index` is not an integer tensor.
+    """
+    if top_k_index.dim() != 2:
+        raise ValueError(f"top_k_index must be (tokens, top_k), got shape {tuple(top_k_index.shape)}")
+    if top_k_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"top_k_index must be int64 or int32, got {top_k_index.dtype}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    return DispatchPlan(*torch.ops.modmoe.dispatch_plan(top_k_index, num_experts))
+
+
+def _dispatch_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sorted_expert_ids, order = top_k_index.flatten().sort(stable=True)
+    experts = torch.arange(num_experts, device=top_k_index.device, dtype=top_k_index.dtype)
+    # Counting by searching the sorted ids: no host sync (bincount has one), no atomics.
+    offsets = torch.searchsorted(sorted_expert_ids, experts, right=True, out_int32=True)
+    tokens_per_expert = offsets.clone()
+    tokens_per_expert[1:] -= offsets[:-1]
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return tokens_per_expert, offsets, order, inverse
+
+
+def _dispatch_plan_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts = top_k_index.new_empty(num_experts, dtype=torch.int32)
+    order = top_k_index.new_empty(top_k_index.numel(), dtype=torch.int64)
+    return counts, torch.empty_like(counts), order, torch.empty_like(order)
+
+
+library.define(
+    "dispatch_plan(Tensor top_k_index, SymInt num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.impl("dispatch_plan", _dispatch_plan, "CompositeExplicitAutograd")
+torch.library.register_fake("modmoe::dispatch_plan", _dispatch_plan_fake, lib=library)
