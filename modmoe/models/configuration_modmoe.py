@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 # Keywords that `PreTrainedConfig` understands without declaring them as fields.
@@ -157,8 +158,6 @@ class ModMoEConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}: change one of them or give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if isinstance(self.hidden_act, str) and self.hidden_act == "":
-            raise ValueError("hidden_act='' is empty: give the name of an activation, such as 'silu'")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -190,6 +189,10 @@ class ModMoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is not an activation of transformers: {', '.join(sorted(ACT2FN))}"
             )
         for side in ("attn_experts", "experts"):
             self._validate_experts(f"num_{side}", f"num_{side}_per_tok")

@@ -386,6 +386,18 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         model._check_coverage(where, info)
         return (model, info) if output_loading_info else model
 
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through: all but embedding, output layer and unused experts."""
+        vocabulary = [self.get_input_embeddings(), self.get_output_embeddings()]
+        total = sum(p.numel() for p in self.parameters())
+        total -= sum(p.numel() for p in {m.weight for m in vocabulary if m is not None})
+        for layer in getattr(self, "model", self).layers:
+            for gate, experts in ((layer.self_attn.gate, layer.self_attn.experts), (layer.mlp.gate, layer.mlp.experts)):
+                if gate is not None:
+                    idle = gate.num_experts - gate.top_k
+                    total -= sum(p.numel() // gate.num_experts * idle for p in experts.parameters())
+        return total
+
     def _check_coverage(self, where: Any, info: dict[str, Any]) -> None:
         missing = sorted(k for k in info["missing_keys"] if not k.startswith(self._head_keys))
         if missing:

@@ -1,0 +1,36 @@
+"""The causal LM compiles as one graph, forward and backward."""
+
+import pytest
+import torch
+
+from .conftest import build
+
+
+def compare(backend: str, ids: torch.Tensor, **changes) -> None:
+    torch._dynamo.reset()
+    eager, model = build(**changes).train(), build(**changes).train()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    for call, reference in ((compiled, eager),):
+        batch = {"attention_mask": mask, "labels": ids, "use_cache": False}
+        ours, theirs = call(ids, **batch), reference(ids, **batch)
+        torch.testing.assert_close(ours.loss, theirs.loss)
+        ours.loss.backward()
+        theirs.loss.backward()
+    for (name, a), b in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_type": "softmax", "num_experts": 1}, {"gated_ffn": False, "router_type": "gmm"}],
+    ids=["stickbreaking", "softmax", "gmm"],
+)
+def test_fullgraph(ids, changes):
+    compare("aot_eager", ids, **changes)
+
+
+@pytest.mark.slow
+def test_inductor(ids):
+    compare("inductor", ids)
