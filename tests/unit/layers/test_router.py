@@ -1,0 +1,57 @@
+"""Routers compute in fp32 whatever the model does, and keep nothing between calls."""
+
+import pytest
+import torch
+
+from modmoe.layers.router import ROUTERS
+
+
+def make(kind: str, **options):
+    torch.manual_seed(0)
+    router = ROUTERS[kind](16, 12, 6, 2, **options)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    return router
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_scores_are_fp32_under_bf16(kind):
+    router, x = make(kind), torch.randn(40, 16).bfloat16()
+    exact = router(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = router(x)
+    assert autocast.logits.dtype == torch.float32
+    assert torch.equal(autocast.logits, exact.logits)
+    assert router.bfloat16()(x).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_gates_are_probabilities_of_all_experts(kind):
+    out = make(kind)(torch.randn(40, 16))
+    expected = out.logits.softmax(-1).topk(2)
+    assert torch.equal(out.top_k_index, expected.indices)
+    torch.testing.assert_close(out.top_k_weights, expected.values)
+    renormalised = make(kind, renormalize=True)(torch.randn(40, 16))
+    torch.testing.assert_close(renormalised.top_k_weights.sum(-1), torch.ones(40))
+
+
+def test_selection_bias_changes_the_choice_and_not_the_gate():
+    router, x = make("linear", selection_bias=True), torch.randn(40, 16)
+    router.selection_bias[5] = 10.0
+    out = router(x)
+    assert (out.top_k_index == 5).any(-1).all()
+    torch.testing.assert_close(out.top_k_weights, out.logits.softmax(-1).gather(1, out.top_k_index))
+
+
+def test_masked_tokens_go_nowhere():
+    mask = torch.arange(40) % 3 != 0
+    out = make("mlp")(torch.randn(40, 16), mask)
+    assert (out.top_k_index[~mask] == 6).all()
+    assert (out.top_k_weights[~mask] == 0).all()
+    assert (out.top_k_index[mask] < 6).all()
+
+
+def test_gmm_is_bounded_by_its_temperature():
+    out = make("gmm")(100 * torch.randn(40, 16))
+    router = make("gmm")
+    assert out.logits.abs().max() <= router.log_temperature.exp().item() * (1 + 1e-5)
