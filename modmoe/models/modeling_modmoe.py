@@ -416,7 +416,7 @@ class ModMoEPreTrainedModel(PreTrainedModel):
 
 def _refuse_pickles(where: Any) -> None:
     folder = Path(where) if isinstance(where, str | Path) else None
-    if folder is None or not folder.is_dir() or any(folder.glob("*.safetensors")):
+    if folder is None or not folder.is_dir() or any(folder.glob("model*.safetensors")):
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
