@@ -23,7 +23,14 @@ import modmoe  # noqa: F401  (registers the model types)
 from modmoe import ModMoEForCausalLM
 from modmoe.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
 
-COPIED = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
 
 
 def main() -> int:

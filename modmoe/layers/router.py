@@ -3,7 +3,8 @@
 Letters: N tokens, H hidden size, E experts, K experts per token, G router hidden size.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ class Router(nn.Module):
         self.sample_top_k = sample_top_k
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         # Added to the probabilities for the choice only; moved by its own rule, never by a gradient.
+        self.selection_bias: torch.Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,9 @@ def _linear(hidden_states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
 class LinearRouter(Router):
     """logits = W x."""
 
-    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+    def __init__(
+        self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options: Any
+    ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,9 @@ class LinearRouter(Router):
 class MLPRouter(Router):
     """logits = W gelu(W0 x + b0), with the exact (erf) GELU. ModuleFormer's default."""
 
-    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+    def __init__(
+        self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options: Any
+    ) -> None:
         super().__init__(router_hidden_size, num_experts, top_k, **options)
         self.in_proj = nn.Linear(hidden_size, router_hidden_size)
 
@@ -108,7 +114,9 @@ class MLPRouter(Router):
 class GMMRouter(Router):
     """logits = exp(log_temperature) * cos(W0 x, centroid_e); the rows of `weight` are the centroids. ModuleFormer."""
 
-    def __init__(self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options) -> None:
+    def __init__(
+        self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options: Any
+    ) -> None:
         super().__init__(router_hidden_size, num_experts, top_k, **options)
         self.in_proj = nn.Linear(hidden_size, router_hidden_size, bias=False)
         self.log_temperature = nn.Parameter(torch.zeros(1))
@@ -119,4 +127,4 @@ class GMMRouter(Router):
         return self.log_temperature.to(inner.dtype).exp() * F.linear(inner, centroids)
 
 
-ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "mlp": MLPRouter, "gmm": GMMRouter}
+ROUTERS: dict[str, Callable[..., Router]] = {"linear": LinearRouter, "mlp": MLPRouter, "gmm": GMMRouter}

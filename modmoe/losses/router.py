@@ -48,7 +48,7 @@ class RouterStatistics:
             top_k_index: per router (N, K); index E counts for no expert.
             token_mask: (N,) bool, the routed tokens; None is all.
         """
-        return cls([_sums(l, i, token_mask) for l, i in zip(logits, top_k_index, strict=True)])
+        return cls([_sums(scores, index, token_mask) for scores, index in zip(logits, top_k_index, strict=True)])
 
     def __add__(self, other: Self) -> Self:
         return type(self)([a + b for a, b in zip(self.vectors, other.vectors, strict=True)])
@@ -159,9 +159,7 @@ def router_losses(
         zero = local.vectors[0].new_zeros(())
         return RouterLosses(zero, {}, zero)
     factors = local.vectors[0].new_tensor([z_weight if kind == "z" else 1.0 for kind in kinds])
-    numerators = torch.stack(
-        [_numerators(a, b, kinds) for a, b in zip(local.vectors, reference.vectors, strict=True)]
-    )
+    numerators = torch.stack([_numerators(a, b, kinds) for a, b in zip(local.vectors, reference.vectors, strict=True)])
     values = torch.stack([_numerators(b, b, kinds) for b in reference.detach().vectors])
     scale = 1.0 / len(local.vectors) if reduction == "mean" else 1.0
     per_token = 1.0 / reference.num_tokens.clamp_min(1)

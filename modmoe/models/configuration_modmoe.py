@@ -185,6 +185,8 @@ class ModMoEConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        assert self.num_key_value_heads is not None
+        assert self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -224,9 +226,7 @@ class ModMoEConfig(PreTrainedConfig):
             if count < 1:
                 raise ValueError(f"{count_name}={count} in layer {layer} must be at least 1 (1 is a dense layer)")
             if count > 1 and not 1 <= top_k <= count:
-                raise ValueError(
-                    f"{top_k_name}={top_k} in layer {layer} must be between 1 and {count_name}={count}"
-                )
+                raise ValueError(f"{top_k_name}={top_k} in layer {layer} must be between 1 and {count_name}={count}")
             if count > 1 and not 0 <= self.sample_topk <= top_k:
                 raise ValueError(
                     f"sample_topk={self.sample_topk} must be between 0 and {top_k_name}={top_k} (layer {layer})"

@@ -7,7 +7,7 @@ E experts, D head size.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -149,9 +149,9 @@ class ModMoEAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.is_causal = config.is_causal
-        self.head_dim = config.head_dim
+        self.head_dim = cast(int, config.head_dim)
         self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
+        self.num_kv_heads = cast(int, config.num_key_value_heads)
         num_experts, self.top_k = config.attn_experts_at(layer_idx)
         self.num_key_value_groups = self.top_k * self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
@@ -241,7 +241,7 @@ class SharedExpert(nn.Module):
         return self.experts.dense(hidden_states)
 
 
-def _ffn_experts(config: ModMoEConfig, num_experts: int, intermediate_size: int) -> nn.Module:
+def _ffn_experts(config: ModMoEConfig, num_experts: int, intermediate_size: int) -> GatedExperts | PlainExperts:
     cls = GatedExperts if config.gated_ffn else PlainExperts
     return cls(config, num_experts, intermediate_size)
 
@@ -334,9 +334,7 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         """Our own ops ("eager" to transformers) unless another implementation is asked for by name."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
         Raises:
             ValueError: if a softmax kernel is asked for a stick-breaking model: it would be another model.
@@ -386,16 +384,20 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         model._check_coverage(where, info)
         return (model, info) if output_loading_info else model
 
+    def routed_pools(self) -> list[tuple[Router, nn.Module]]:
+        """Every router with its experts: FFN routers layer by layer, then attention routers."""
+        layers = self.base_model.layers
+        sides = [layer.mlp for layer in layers] + [layer.self_attn for layer in layers]
+        return [(side.gate, side.experts) for side in sides if side.gate is not None]
+
     def num_active_parameters(self) -> int:
         """Parameters that one token passes through: all but embedding, output layer and unused experts."""
         vocabulary = [self.get_input_embeddings(), self.get_output_embeddings()]
         total = sum(p.numel() for p in self.parameters())
         total -= sum(p.numel() for p in {m.weight for m in vocabulary if m is not None})
-        for layer in getattr(self, "model", self).layers:
-            for gate, experts in ((layer.self_attn.gate, layer.self_attn.experts), (layer.mlp.gate, layer.mlp.experts)):
-                if gate is not None:
-                    idle = gate.num_experts - gate.top_k
-                    total -= sum(p.numel() // gate.num_experts * idle for p in experts.parameters())
+        for router, experts in self.routed_pools():
+            idle = router.num_experts - router.top_k
+            total -= sum(p.numel() // router.num_experts * idle for p in experts.parameters())
         return total
 
     def _check_coverage(self, where: Any, info: dict[str, Any]) -> None:
@@ -464,7 +466,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            _check_token_ids(input_ids, self.embed_tokens.num_embeddings)
+            _check_token_ids(cast(torch.Tensor, input_ids), self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
@@ -480,9 +482,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
             )
             hidden_states = output.hidden_states
             routing.append(output)
-        result = ModMoEModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        result = ModMoEModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if wanted:
             result.router_logits = _present(o.router_logits for o in routing)
@@ -506,12 +506,13 @@ class ModMoEModel(ModMoEPreTrainedModel):
     ) -> AttentionInputs:
         batch, length = embeds.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
-        if self.config.attention_type == "stickbreaking":
+        if self.rotary_emb is None:
             _check_stickbreaking_mask(attention_mask, batch, seen + length, cache)
-            packed = position_ids is not None and cache is None
             return AttentionInputs(
                 key_mask=None if attention_mask is None else attention_mask.bool(),
-                document_start=document_starts(position_ids.expand(batch, -1)) if packed else None,
+                document_start=None
+                if position_ids is None or cache is not None
+                else document_starts(position_ids.expand(batch, -1)),
             )
         mask = create_causal_mask(
             config=self.config,
@@ -565,11 +566,12 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
         self, outputs: ModMoEModelOutputWithPast, attention_mask: torch.Tensor | None
     ) -> RouterStatistics | None:
         """Sums over this forward's tokens, FFN routers before attention routers; None if there is no router."""
-        logits = outputs.router_logits + outputs.attn_router_logits
+        logits = (*(outputs.router_logits or ()), *(outputs.attn_router_logits or ()))
         if not logits:
             return None
+        indices = (*(outputs.router_indices or ()), *(outputs.attn_router_indices or ()))
         mask = self.model.token_mask(attention_mask, outputs.last_hidden_state.shape[1])
-        return RouterStatistics.of(logits, outputs.router_indices + outputs.attn_router_indices, mask)
+        return RouterStatistics.of(logits, indices, mask)
 
     @torch.no_grad()
     def router_statistics(self, attention_mask: torch.Tensor | None = None, **inputs: Any) -> RouterStatistics:
@@ -661,10 +663,9 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
         """
         if not self.config.use_selection_bias:
             raise ValueError("use_selection_bias=False: set it in the config to balance by selection bias")
-        layers = self.model.layers
-        gates = [layer.mlp.gate for layer in layers] + [layer.self_attn.gate for layer in layers]
-        routers = [gate for gate in gates if gate is not None]
-        for router, load in zip(routers, (*tokens_per_expert, *attn_tokens_per_expert), strict=True):
+        loads = (*tokens_per_expert, *attn_tokens_per_expert)
+        for (router, _), load in zip(self.routed_pools(), loads, strict=True):
+            assert router.selection_bias is not None
             load = load.to(router.selection_bias)
             router.selection_bias += self.config.selection_bias_update_rate * (load.mean() - load).sign()
 
@@ -731,7 +732,14 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
         )
         self._add_losses(
-            result, outputs, loss, attention_mask, labels, num_items_in_batch, num_tokens_in_batch, router_statistics
+            result,
+            outputs,
+            loss,
+            attention_mask,
+            labels,
+            num_items_in_batch,
+            num_tokens_in_batch,
+            router_statistics,
         )
         return result
 
@@ -785,9 +793,7 @@ class ModMoEForSequenceClassification(_WithRouterLosses):
         if labels is None:
             return result
         loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
-        self._add_losses(
-            result, outputs, loss, attention_mask, None, None, num_tokens_in_batch, router_statistics
-        )
+        self._add_losses(result, outputs, loss, attention_mask, None, None, num_tokens_in_batch, router_statistics)
         return result
 
     def _last_token(

@@ -198,7 +198,7 @@ def _identity_projections(config: ModMoEConfig) -> bool:
 
 @torch.no_grad()
 def _set_identity_projections(model: ModMoEPreTrainedModel) -> None:
-    for layer in getattr(model, "model", model).layers:
+    for layer in model.base_model.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
             torch.nn.init.eye_(projection.weight)
             torch.nn.init.zeros_(projection.bias)

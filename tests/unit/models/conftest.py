@@ -32,7 +32,11 @@ VARIANTS = {
     "dense-attention": {"num_attn_experts": 1, "attention_type": "softmax"},
     "per-layer": {"num_experts": [3, 6], "num_attn_experts": [1, 4], "num_experts_per_tok": [1, 3]},
     "tied": {"tie_word_embeddings": True},
-    "selection-bias": {"use_selection_bias": True, "router_aux_loss_type": "none", "router_z_loss_weight": 1.0},
+    "selection-bias": {
+        "use_selection_bias": True,
+        "router_aux_loss_type": "none",
+        "router_z_loss_weight": 1.0,
+    },
 }
 
 

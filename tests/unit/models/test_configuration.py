@@ -16,15 +16,33 @@ PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"
     [
         ({"num_attn_expert": 8}, r"unknown field num_attn_expert=8.*did you mean num_attn_experts"),
         ({"frobnicate": 1}, r"unknown field frobnicate=1.*known fields: .*num_experts"),
-        ({"num_experts": 2, "num_experts_per_tok": 3}, r"num_experts_per_tok=3 in layer 0 must be between 1 and num_exp"),
+        (
+            {"num_experts": 2, "num_experts_per_tok": 3},
+            r"num_experts_per_tok=3 in layer 0 must be between 1 and num_exp",
+        ),
         ({"num_attn_experts": 0}, r"num_attn_experts=0 in layer 0 must be at least 1"),
-        ({"num_experts": [4, 4], "num_hidden_layers": 3}, r"num_experts=\[4, 4\] has 2 entries.*num_hidden_layers=3"),
+        (
+            {"num_experts": [4, 4], "num_hidden_layers": 3},
+            r"num_experts=\[4, 4\] has 2 entries.*num_hidden_layers=3",
+        ),
         ({"num_attention_heads": 3}, r"hidden_size=1024 is not a multiple of num_attention_heads=3"),
-        ({"num_attention_heads": 8, "num_key_value_heads": 3}, r"num_attention_heads=8 must be a multiple of num_key_value"),
-        ({"is_causal": False}, r"is_causal=False contradicts attention_type='stickbreaking'.*use attention_type='softmax'"),
-        ({"attention_type": "relu"}, r"attention_type.*expected one of \('stickbreaking', 'softmax'\), got relu"),
+        (
+            {"num_attention_heads": 8, "num_key_value_heads": 3},
+            r"num_attention_heads=8 must be a multiple of num_key_value",
+        ),
+        (
+            {"is_causal": False},
+            r"is_causal=False contradicts attention_type='stickbreaking'.*use attention_type='softmax'",
+        ),
+        (
+            {"attention_type": "relu"},
+            r"attention_type.*expected one of \('stickbreaking', 'softmax'\), got relu",
+        ),
         ({"router_type": "hash"}, r"router_type.*expected one of \('mlp', 'linear', 'gmm'\), got hash"),
-        ({"router_aux_loss_type": "x"}, r"router_aux_loss_type.*'mi', 'concentration', 'switch', 'none'.*got x"),
+        (
+            {"router_aux_loss_type": "x"},
+            r"router_aux_loss_type.*'mi', 'concentration', 'switch', 'none'.*got x",
+        ),
         ({"hidden_size": "wide"}, r"hidden_size.*expected int, got str \(value: 'wide'\)"),
         ({"vocab_size": 0}, r"vocab_size=0 must be at least 1"),
         ({"sample_topk": 3}, r"sample_topk=3 must be between 0 and num_attn_experts_per_tok=2"),
@@ -40,7 +58,9 @@ def test_wrong_fields(fields, message):
 
 
 def test_round_trip(tmp_path):
-    config = ModMoEConfig(num_experts=[4] * 24, num_labels=5, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    config = ModMoEConfig(
+        num_experts=[4] * 24, num_labels=5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
     config.save_pretrained(tmp_path)
     loaded = ModMoEConfig.from_pretrained(tmp_path)
     ours, theirs = loaded.to_dict(), config.to_dict()

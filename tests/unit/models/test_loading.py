@@ -107,7 +107,9 @@ def test_classifier_round_trip(tmp_path, ids):
     torch.manual_seed(0)
     model = ModMoEForSequenceClassification(build().config).eval()
     model.save_pretrained(tmp_path)
-    assert torch.equal(AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids[:1]).logits, model(ids[:1]).logits)
+    assert torch.equal(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)(ids[:1]).logits, model(ids[:1]).logits
+    )
 
 
 def test_text_generation_pipeline(native):

@@ -1,0 +1,322 @@
+"""Sources of documents: embedded text, local files and anything `datasets` can load, behind one interface."""
+
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TextIO, cast
+
+from .config import SourceConfig
+from .documents import Document, Split, cut_at_blank_lines, hash_unit, validation_threshold
+from .embedded import EmbeddedReader
+
+# Plain text files are cut into documents of about this size, so that one file still has some to hold out.
+_PIECE_CHARS = 16_384
+
+_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+
+
+class Reader(Protocol):
+    """Reads the raw documents of one place."""
+
+    skipped: set[str]
+    """What could not be read as text so far."""
+
+    @property
+    def own_validation(self) -> bool:
+        """Whether the place has a validation split of its own."""
+
+    def fingerprint(self) -> list[object]:
+        """Describe the content, JSON-serialisable, without reading it."""
+
+    def read(self, split: Split) -> Iterator[Document]:
+        """Yield the documents of a split, always in the same order."""
+
+
+class Source:
+    """One configured domain: its documents for training and validation.
+
+    Args:
+        config: the domain.
+
+    Raises:
+        FileNotFoundError: if a file, directory or pattern matches nothing.
+        ImportError: if the source needs the `datasets` package and it is not installed.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self.reader = _open_reader(config)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any document is meant for validation."""
+        return self.reader.own_validation or self.config.validation_fraction > 0
+
+    @cached_property
+    def fingerprint(self) -> list[object]:
+        """Everything that decides which documents come out, JSON-serialisable."""
+        config = self.config
+        limits = [config.max_bytes, config.validation_fraction, config.max_validation_bytes]
+        return [self.reader.fingerprint(), config.text_field, *limits]
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """Yield the documents of a split, in the same order every time.
+
+        Raises:
+            ValueError: for a broken line, a missing text field, or no text to train on.
+        """
+        if split == "validation":
+            held_out = self._read(split) if self.reader.own_validation else self._hash_split(split)
+            yield from limit_bytes(held_out, self.config.max_validation_bytes)
+            return
+        whole = self.reader.own_validation or self.config.validation_fraction == 0
+        empty = True
+        for document in self._read("train") if whole else self._hash_split("train"):
+            empty = False
+            yield document
+        if empty:
+            remedy = "" if whole else ", beside what is held out; add documents or set validation_fraction to 0"
+            raise ValueError(
+                f"source {self.config.name!r}: no text to train on{remedy} "
+                f"(skipped as not UTF-8 text: {len(self.reader.skipped)})"
+            )
+
+    def _hash_split(self, split: Split) -> Iterator[Document]:
+        for document in self._read("train"):
+            if (hash_unit(document.key) <= self._threshold) == (split == "validation"):
+                yield document
+
+    @cached_property
+    def _threshold(self) -> float:
+        return validation_threshold(self._read("train"), self.config.validation_fraction)
+
+    def _read(self, split: Split) -> Iterator[Document]:
+        documents = (document for document in self.reader.read(split) if document.text)
+        return limit_bytes(documents, self.config.max_bytes if split == "train" else None)
+
+
+def limit_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Yield documents until `max_bytes` of UTF-8 text are reached, the document that reaches it included."""
+    num_bytes = 0
+    for document in documents:
+        yield document
+        num_bytes += document.num_bytes
+        if max_bytes is not None and num_bytes >= max_bytes:
+            return
+
+
+class FileReader:
+    """Reads local files: JSON lines, parquet and plain text.
+
+    Files that are not UTF-8 text are skipped as a whole and listed in `skipped`. Texts are their own keys.
+
+    Args:
+        config: a source with `files`.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._field = config.text_field
+        self._files: dict[Split, list[Path]] = {
+            "train": expand_paths(config.name, config.files),
+            "validation": expand_paths(config.name, config.validation_files),
+        }
+        self.own_validation = bool(config.validation_files)
+        self._is_text: dict[Path, bool] = {}
+        self.skipped: set[str] = set()
+
+    def fingerprint(self) -> list[object]:
+        """Paths, sizes and times of the files."""
+        return [
+            [split, str(path), path.stat().st_size, path.stat().st_mtime_ns]
+            for split, paths in self._files.items()
+            for path in paths
+        ]
+
+    def read(self, split: Split) -> Iterator[Document]:
+        """Yield the documents, file by file in the given order."""
+        for path in self._files[split]:
+            suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+            if suffix == ".parquet":
+                # Streamed, because otherwise datasets writes a copy of the file.
+                options = {"data_files": str(path), "split": "train", "streaming": True}
+                yield from _rows(_datasets().load_dataset("parquet", **options), self._field, path)
+                continue
+            if path not in self._is_text:
+                self._is_text[path] = _is_text_file(path)
+            if not self._is_text[path]:
+                self.skipped.add(str(path))
+                continue
+            with _open_text(path) as file:
+                if suffix in _JSON_LINES:
+                    yield from self._json_lines(file, path)
+                else:
+                    yield from (Document(piece, piece) for piece in cut_at_blank_lines(file, _PIECE_CHARS))
+
+    def _json_lines(self, file: TextIO, path: Path) -> Iterator[Document]:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not valid JSON ({error}); expected one object per line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected one JSON object per line, got {type(row).__name__}")
+            text = _field_text(row, self._field, place)
+            if _is_encodable(text):
+                yield Document(text, text)
+            else:
+                self.skipped.add(place)
+
+
+class HubReader:
+    """Reads a dataset by hub name or local directory. Texts are their own keys.
+
+    Args:
+        config: a source with `dataset`.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self.skipped: set[str] = set()
+
+    @cached_property
+    def _validation_split(self) -> str | None:
+        if self._config.validation_split is not None:
+            return self._config.validation_split
+        names = _datasets().get_dataset_split_names(self._config.dataset, self._config.config)
+        return "validation" if "validation" in names and self._config.split != "validation" else None
+
+    @property
+    def own_validation(self) -> bool:
+        """Whether the dataset has, or was given, a validation split."""
+        return self._validation_split is not None
+
+    def fingerprint(self) -> list[object]:
+        """The dataset, its splits and, unless streamed, what `datasets` calls their fingerprint."""
+        config = self._config
+        content = None if config.streaming else self._load("train")._fingerprint
+        return [config.dataset, config.config, config.split, self._validation_split, content]
+
+    def read(self, split: Split) -> Iterator[Document]:
+        """Yield the rows in the dataset's order."""
+        for document in _rows(self._load(split), self._config.text_field, self._config.dataset):
+            if _is_encodable(document.text):
+                yield document
+            else:
+                self.skipped.add(f"a row of {self._config.dataset}")
+
+    def _load(self, split: Split) -> Any:
+        config = self._config
+        name = config.split if split == "train" else self._validation_split
+        return _datasets().load_dataset(config.dataset, name=config.config, split=name, streaming=config.streaming)
+
+
+def expand_paths(name: str, patterns: Iterable[str]) -> list[Path]:
+    """List the files behind paths, directories and glob patterns, sorted within each.
+
+    Directories are searched recursively, without what is hidden behind a dot.
+
+    Raises:
+        FileNotFoundError: if a pattern matches no file.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = sorted(item for item in path.rglob("*") if item.is_file() and not _is_hidden(item, path))
+        elif path.is_file():
+            found = [path]
+        else:
+            matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            found = sorted(match for match in matches if match.is_file())
+        if not found:
+            raise FileNotFoundError(f"source {name!r}: no file at {pattern!r} (looked from {Path.cwd()})")
+        files.update(dict.fromkeys(found))
+    return list(files)
+
+
+def _is_hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def stable_hash(value: object) -> str:
+    """Hash a JSON-serialisable value into 16 hexadecimal digits, the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _open_reader(config: SourceConfig) -> Reader:
+    if config.embedded:
+        return EmbeddedReader(config.embedded)
+    return FileReader(config) if config.files else HubReader(config)
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("this source needs the datasets package: pip install datasets") from error
+    return datasets
+
+
+def _rows(dataset: Any, field: str, place: object) -> Iterator[Document]:
+    # Streams may not know their columns before the first row.
+    if dataset.column_names is not None:
+        _require_field(dataset.column_names, field, place)
+        dataset = dataset.select_columns([field])
+    for row in dataset:
+        text = _field_text(row, field, place)
+        yield Document(text, text)
+
+
+def _require_field(columns: Iterable[str], field: str, place: object) -> None:
+    if field not in columns:
+        raise ValueError(f"{place}: no column {field!r}; set text_field to one of {sorted(columns)}")
+
+
+def _field_text(row: dict[str, Any], field: str, place: object) -> str:
+    _require_field(row, field, place)
+    text = row[field]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{place}: column {field!r} must hold text, got {type(text).__name__} {text!r:.50}")
+    return text or ""
+
+
+def _is_encodable(text: str) -> bool:
+    # JSON escapes can spell lone surrogates, which no UTF-8 text contains.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _open_binary(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _open_text(path: Path) -> TextIO:
+    # newline="\n" keeps carriage returns as they are.
+    return io.TextIOWrapper(_open_binary(path), encoding="utf-8", newline="\n")
+
+
+def _is_text_file(path: Path) -> bool:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with _open_binary(path) as file:
+            while chunk := file.read(1 << 20):
+                decoder.decode(chunk)
+                if b"\0" in chunk:
+                    return False
+        decoder.decode(b"", final=True)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
+        return False
+    return True
