@@ -4,12 +4,18 @@ The first of these that is set wins: the op's ``backend`` argument, the innermos
 the environment variable ``MODMOE_BACKEND``, and else ``auto``.
 """
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +70,28 @@ def resolve_backend(op: str, explicit: str | None, available: tuple[str, ...]) -
     if name not in available:
         raise RuntimeError(f"{op} has no backend {name!r} for these inputs; it has {', '.join(available)}")
     return name
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which an op that takes `x` shall compute: autocast's where it is on, else its own."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn autocast off inside `function`: dtypes were settled at the op's door. The first argument is a tensor."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _check(name: str, where: str) -> str:

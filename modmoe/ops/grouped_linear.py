@@ -4,6 +4,7 @@ Letters: N tokens, E experts, K experts per token, S = N * K pairs. A *sorted* r
 offsets it lies between; rows past the last offset belong to nobody and are zero in every result.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backend import library, resolve_backend
+from .backend import autocast_dtype, library, resolve_backend, without_autocast
 from .routing import DispatchPlan
 
 LAYOUTS = ("token", "pair", "sorted")
+_GRANULE = 32  # rows
 
 
 def grouped_linear(
@@ -53,14 +55,13 @@ def grouped_linear(
         TypeError: dtypes of `x` and `weight` that differ, or are not floating point.
         RuntimeError: tensors on several devices, or a backend that cannot be had.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = (t.to(autocast_dtype(t)) for t in (x, weight))
     _check(x, weight, plan, top_k, source, target, gates)
-    op = torch.ops.modmoe.grouped_linear
+    arguments = (x, weight, plan.order, plan.inverse, plan.offsets, gates, top_k, source, target)
     if resolve_backend("grouped_linear", backend, ("torch", "reference")) == "reference":
-        op = reference.grouped_linear
-    return op(x, weight, plan.order, plan.inverse, plan.offsets, gates, top_k, source, target)
+        return reference.grouped_linear(*arguments)
+    out: Tensor = torch.ops.modmoe.grouped_linear(*arguments)
+    return out
 
 
 def _check(
@@ -102,12 +103,10 @@ def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if not _loops(rows):
         return _multiply_on_device(rows, weight, offsets)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            torch.mm(rows[start:end], weight[expert], out=out[start:end])
-            start = end
-    out[start:] = 0
+    end = 0
+    for expert, start, end in _spans(offsets, rows.dtype):
+        torch.mm(rows[start:end], weight[expert], out=out[start:end])
+    out[end:] = 0
     return out
 
 
@@ -115,15 +114,27 @@ def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """(S, out) and (S, in) rows -> (E, out, in), the sum over each expert's rows of left x right."""
     if not _loops(left):
         return _outer_on_device(left, right, offsets)
-    out = left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
+    out = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
+    for expert, start, end in _spans(offsets, left.dtype):
+        out[expert].addmm_(left[start:end].T, right[start:end])
+    return out
+
+
+def _spans(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+    """Yield (expert, first row, past the last row), in order; experts without rows are left out.
+
+    oneDNN, which multiplies in bfloat16 and float16, compiles a kernel for each new shape (three times the work of a
+    small product) and keeps the last thousand. Cutting at a multiple of 32 rows makes shapes come back.
+    """
     start = 0
     for expert, end in enumerate(offsets.tolist()):
+        if dtype.itemsize == 2 and end - start > _GRANULE:
+            cut = end - (end - start) % _GRANULE
+            yield expert, start, cut
+            start = cut
         if end > start:
-            torch.mm(left[start:end].T, right[start:end], out=out[expert])
-            start = end
-        else:
-            out[expert] = 0
-    return out
+            yield expert, start, end
+        start = end
 
 
 def _loops(rows: Tensor) -> bool:
@@ -175,23 +186,22 @@ def _from_sorted(
     rows: Tensor, order: Tensor, inverse: Tensor, gates: Tensor | None, top_k: int, layout: str
 ) -> Tensor:
     """Bring sorted rows to `layout`, times their gates; "token" sums the slots, in slot order."""
-    dtype = rows.dtype
     if layout == "sorted":
-        return rows if gates is None else (rows * _sorted_gates(gates, order)).to(dtype)
+        return rows if gates is None else _scale(rows, _sorted_gates(gates, order))
+    rows = rows.index_select(0, inverse)
     if layout == "pair":
-        pairs = rows.index_select(0, inverse)
-        return pairs if gates is None else (pairs * gates.reshape(-1, 1)).to(dtype)
-    total = None
-    for slot, index in enumerate(inverse.view(-1, top_k).unbind(1)):
-        part = rows.index_select(0, index)
-        part = part.to(_work_dtype(dtype)) if gates is None else part * gates[:, slot, None].to(_work_dtype(dtype))
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total.to(dtype)
+        return rows if gates is None else _scale(rows, gates.reshape(-1, 1))
+    slots = rows.to(_work_dtype(rows.dtype)).unflatten(0, (-1, top_k))
+    total = slots.sum(1) if gates is None else torch.bmm(gates[:, None, :].to(slots.dtype), slots).squeeze(1)
+    return total.to(rows.dtype)
 
 
 def _sorted_gates(gates: Tensor, order: Tensor) -> Tensor:
     return gates.reshape(-1).index_select(0, order)[:, None]
+
+
+def _scale(rows: Tensor, gates: Tensor) -> Tensor:
+    return (rows * gates).to(rows.dtype)
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -201,6 +211,7 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 # The op and its gradient.
 
 
+@without_autocast
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -216,6 +227,7 @@ def _forward(
     return _from_sorted(y, order, inverse, gates, top_k, target)
 
 
+@without_autocast
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -232,14 +244,15 @@ def _backward(
     needs_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and gates; an empty tensor where one is not needed."""
-    dx = dweight = dgates = x.new_empty(0)
+    dx, dweight, dgates = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     dy_rows = _to_sorted(dy, order, top_k, target)
     x_rows = _to_sorted(x, order, top_k, source) if needs_weight or needs_gates else None
     if needs_x or needs_gates:
         # Before the gates: the gate's gradient is <dy_r W_e, x_r>, so the ungated output need not be kept.
         u = _multiply(dy_rows, weight, offsets)
         if needs_gates:
-            assert gates is not None and x_rows is not None
+            assert gates is not None
+            assert x_rows is not None
             dots = (u.to(_work_dtype(u.dtype)) * x_rows).sum(-1)
             past = torch.arange(len(dots), device=dots.device) >= offsets[-1]
             dgates = dots.masked_fill(past, 0).index_select(0, inverse).view_as(gates).to(gates.dtype)
@@ -250,9 +263,9 @@ def _backward(
         if gates is not None:
             scale = _sorted_gates(gates, order)
             if x_rows.shape[1] < dy_rows.shape[1]:
-                x_rows = (x_rows * scale).to(x.dtype)
+                x_rows = _scale(x_rows, scale)
             else:
-                dy_rows = (dy_rows * scale).to(x.dtype)
+                dy_rows = _scale(dy_rows, scale)
         dweight = _outer(dy_rows, x_rows, offsets)
     return dx, dweight, dgates
 
@@ -300,9 +313,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 5)]
-    grads = torch.ops.modmoe.grouped_linear_backward(
-        dy, *ctx.saved_tensors, ctx.top_k, ctx.source, ctx.target, *needs
-    )
+    grads = torch.ops.modmoe.grouped_linear_backward(dy, *ctx.saved_tensors, ctx.top_k, ctx.source, ctx.target, *needs)
     dx, dweight, dgates = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return dx, dweight, None, None, None, dgates, None, None, None
 

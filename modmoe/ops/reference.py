@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import without_autocast
 
+
+@without_autocast
 def stickbreaking_attention(
     q: Tensor,
     k: Tensor,
@@ -20,7 +23,7 @@ def stickbreaking_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, remainder, weights) from the whole (B, Hq, T, S) matrix of weights.
 
-    `A = exp(logsigmoid(z) + suffix sum of logsigmoid(-z))`, arXiv:2410.17980. See `ops.stickbreaking_attention` for shapes.
+    `A = exp(logsigmoid(z) + suffix sum of logsigmoid(-z))`, arXiv:2410.17980. Shapes: `ops.stickbreaking_attention`.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -45,6 +48,7 @@ def stickbreaking_attention(
     return (weights @ values).to(q.dtype), remainder, weights
 
 
+@without_autocast
 def grouped_linear(
     x: Tensor,
     weight: Tensor,

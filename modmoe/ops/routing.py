@@ -136,7 +136,7 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int) -> DispatchPlan:
 
 
 def _dispatch_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sorted_expert_ids, order = top_k_index.flatten().sort(stable=True)
+    sorted_expert_ids, order = top_k_index.flatten().sort(dim=0, stable=True)
     experts = torch.arange(num_experts, device=top_k_index.device, dtype=top_k_index.dtype)
     # Counting by searching the sorted ids: no host sync (bincount has one), no atomics.
     offsets = torch.searchsorted(sorted_expert_ids, experts, right=True, out_int32=True)

@@ -1,13 +1,15 @@
 """Stick-breaking attention without a T x T matrix, in plain PyTorch.
 
-    A_ij = sigmoid(z_ij) prod_{j<l<=i} (1 - sigmoid(z_il)),   out_i = sum_j A_ij v_j,   rem_i = prod_l (1 - sigmoid(z_il))
+    A_ij  = sigmoid(z_ij) prod_{j<l<=i} (1 - sigmoid(z_il))
+    out_i = sum_j A_ij v_j,   rem_i = prod_{l<=i} (1 - sigmoid(z_il))
 
 (arXiv:2410.17980; the strict form takes j < i and l < i.) Work goes block of queries by block of queries, each with
 all the keys it can see, and backward computes each block again. Letters: B batch, Hq query heads, Hkv key/value
-heads, G = Hq / Hkv, T queries, S keys, D head dim.
+heads, G = Hq / Hkv, T queries, S keys, D head dim; t and s are the queries and keys of one block.
 
 The products are taken as products (torch.cumprod, from the diagonal leftwards), not as exponentials of sums of logs.
-Nothing is divided and no log is taken, so a factor of 0, where a sigmoid saturates, is harmless in both directions.
+Nothing is divided and no log is taken, so a factor of 0, where a sigmoid saturates, is harmless in both directions;
+and it is the cheaper way: one exponential per element, and no sum of logs whose rounding grows with its size.
 """
 
 import math
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backend import library, resolve_backend
+from .backend import autocast_dtype, library, resolve_backend, without_autocast
 
-# Elements of one block's matrices: on CPU a few of them should fit the second-level cache, elsewhere the device
-# should be kept busy.
-_CPU_ELEMENTS = 1 << 18
+# Rows (queries times heads of a group) and elements of one block's matrices: on CPU few rows, so that little is
+# computed beyond the diagonal, and few elements, so that they stay in the cache; elsewhere, enough to fill the device.
+_CPU_ELEMENTS = 1 << 19
 _CPU_ROWS = 64
 _DEVICE_ROWS = 128
 
@@ -53,8 +55,8 @@ def stickbreaking_attention(
         scale: factor of q . k, default D ** -0.5.
         attend_current: True: a query sees its own position (ModuleFormer). False: only earlier ones.
         key_mask: (B, S) bool; a False key gets weight 0 and takes nothing of the stick, as if it were absent.
-        cu_seqlens: (n + 1,) integer, starts of packed documents over the flattened B * T positions, then B * T; every
-            row starts a document. Needs T == S.
+        cu_seqlens: (n + 1,) int32 or int64, starts of packed documents over the flattened B * T positions, then
+            B * T; documents do not cross rows. Needs T == S. Values are not checked.
         document_start: (B, T) integer, index of the first key that each query may see; the general form of
             `cu_seqlens`, give one of them.
         return_weights: also return the weights (B, Hq, T, S), through the reference.
@@ -69,9 +71,7 @@ def stickbreaking_attention(
         TypeError: dtypes that differ or are not what is said above.
         RuntimeError: tensors on several devices, or a backend that cannot be had.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     _check(q, k, v, key_mask, cu_seqlens, document_start)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -81,9 +81,7 @@ def stickbreaking_attention(
     if resolve_backend("stickbreaking_attention", backend, available) == "reference":
         result = reference.stickbreaking_attention(q, k, v, scale, attend_current, key_mask, document_start)
         return result if return_weights else result[:2]
-    out, remainder = torch.ops.modmoe.stickbreaking_attention(
-        q, k, v, key_mask, document_start, scale, attend_current
-    )
+    out, remainder = torch.ops.modmoe.stickbreaking_attention(q, k, v, key_mask, document_start, scale, attend_current)
     return out, remainder
 
 
@@ -92,11 +90,16 @@ def _document_start(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
     position = torch.arange(batch * length, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens.to(torch.int64), position, right=True) - 1
     start = cu_seqlens[document].view(batch, length)
-    return (start - position.view(batch, length)[:, :1]).clamp(min=0)
+    return start - position.view(batch, length)[:, :1]
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, document_start: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    document_start: Tensor | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
@@ -122,10 +125,10 @@ def _check(
             raise ValueError("give cu_seqlens or document_start, not both")
         if num_queries != num_keys:
             raise ValueError(f"cu_seqlens needs as many queries as keys, got {num_queries} and {num_keys}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"cu_seqlens must be a 1-D integer tensor of 2 or more, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-            )
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+            raise ValueError(f"cu_seqlens must be 1-D with 2 entries or more, got {tuple(cu_seqlens.shape)}")
     if document_start is not None:
         if document_start.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"document_start must be int32 or int64, got {document_start.dtype}")
@@ -197,12 +200,12 @@ def _problem(
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(B, Hq, T, ...) -> (B * Hkv, T, G, ...), contiguous."""
-    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(0, 1).contiguous()
+    return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).transpose(2, 3).flatten(0, 1).contiguous()
 
 
-def _ungroup(x: Tensor, batch: int) -> Tensor:
+def _ungroup(x: Tensor, kv_heads: int) -> Tensor:
     """(B * Hkv, T, G, ...) -> (B, Hq, T, ...), contiguous."""
-    return x.unflatten(0, (batch, -1)).transpose(2, 3).flatten(1, 2).contiguous()
+    return x.unflatten(0, (x.shape[0] // kv_heads, kv_heads)).transpose(2, 3).flatten(1, 2).contiguous()
 
 
 def _blocks(p: _Problem) -> Iterator[_Block]:
@@ -233,11 +236,11 @@ class _Scratch:
     """Memory for one block's matrices, reused by all blocks: fresh memory costs a page fault every 4 kB."""
 
     def __init__(self, p: _Problem, blocks: list[_Block]) -> None:
-        queries = max((b.n1 - b.n0) * (b.q1 - b.q0) * p.q.shape[2] for b in blocks)
-        size = max((b.n1 - b.n0) * (b.q1 - b.q0) * p.q.shape[2] * (b.k1 - b.k0) for b in blocks)
+        rows = [(b.n1 - b.n0) * (b.q1 - b.q0) * p.q.shape[2] for b in blocks]
+        size = max((n * (b.k1 - b.k0) for n, b in zip(rows, blocks, strict=True)), default=0)
         dtype = torch.promote_types(p.q.dtype, torch.float32)
         self.beta = p.q.new_empty(size, dtype=dtype)
-        self.stick = p.q.new_empty(size + queries, dtype=dtype)
+        self.stick = p.q.new_empty(size + max(rows, default=0), dtype=dtype)
         self.weights = p.q.new_empty(size, dtype=dtype)
         # Factors and results of matrix products, where those are in a lower precision.
         self.low = None if dtype == p.q.dtype else p.q.new_empty(size)
@@ -267,7 +270,7 @@ def _weights(p: _Problem, block: _Block, scratch: _Scratch) -> tuple[Tensor, Ten
     stick = _view(scratch.stick, (n, t * groups, s + 1))
     stick[..., 0] = 1
     torch.sub(1, beta.flip(-1), out=stick[..., 1:])
-    torch.cumprod(stick, -1, out=stick)
+    stick.cumprod_(-1)
     weights = torch.mul(beta, stick[..., :-1].flip(-1), out=_view(scratch.weights, shape))
     return beta, weights, stick[..., -1].view(n, t, groups)
 
@@ -276,10 +279,11 @@ def _hide(beta: Tensor, p: _Problem, block: _Block) -> None:
     """Zero the sigmoids of keys that a query must not see: they get no weight and take nothing of the stick."""
     n0, n1, q0, q1, k0, k1, _ = block
     t, s = q1 - q0, k1 - k0
-    # The last t columns are the block's own positions; no other column reaches past the diagonal.
-    own = min(s, t)
-    causal = torch.ones(t, own, dtype=beta.dtype, device=beta.device).tril_(own - t - (not p.attend_current))
-    beta[..., s - own :].mul_(causal[:, None])
+    if t > 1 or not p.attend_current:
+        # The last t columns are the block's own positions; no other column reaches past the diagonal.
+        own = min(s, t)
+        causal = torch.ones(t, own, dtype=beta.dtype, device=beta.device).tril_(own - t - (not p.attend_current))
+        beta[..., s - own :].mul_(causal[:, None])
     if p.key_mask is not None:
         beta.mul_(p.key_mask[n0:n1, None, None, k0:k1])
     if block.ragged and p.document_start is not None:
@@ -287,6 +291,7 @@ def _hide(beta: Tensor, p: _Problem, block: _Block) -> None:
         beta.mul_((index >= p.document_start[n0:n1, q0:q1, None, None]).to(beta.dtype))
 
 
+@without_autocast
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -306,9 +311,10 @@ def _forward(
         _, weights, rest = _weights(p, block, scratch)
         _rows(out, block).copy_(torch.bmm(scratch.factor(weights), p.v[n0:n1, k0:k1]))
         remainder[n0:n1, q0:q1] = rest
-    return _ungroup(out, len(q)).to(q.dtype), _ungroup(remainder, len(q))
+    return _ungroup(out, k.shape[1]).to(q.dtype), _ungroup(remainder, k.shape[1])
 
 
+@without_autocast
 def _backward(
     dout: Tensor,
     drem: Tensor,
@@ -344,7 +350,7 @@ def _backward(
         torch.mul(torch.bmm(dz, p.k[n0:n1, k0:k1]), scale, out=_rows(dq, block))
         dk[n0:n1, k0:k1] += torch.bmm(dz.mT, _rows(p.q, block))
     return (
-        _ungroup(dq, len(q)).to(q.dtype),
+        _ungroup(dq, k.shape[1]).to(q.dtype),
         dk.mul_(scale).view_as(k).to(k.dtype),
         dv.view_as(v).to(v.dtype),
     )
@@ -389,9 +395,7 @@ def _autograd(ctx: Any, dout: Tensor, drem: Tensor) -> tuple[Tensor | None, ...]
     return *grads, None, None, None, None
 
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? document_start, float scale, bool attend_current"
-)
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? document_start, float scale, bool attend_current"
 library.define(f"stickbreaking_attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 library.define(
     f"stickbreaking_attention_backward(Tensor dout, Tensor drem, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",

@@ -1,0 +1,270 @@
+"""The grouped linear map against a loop over tokens and slots, forward and backward."""
+
+import itertools
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear, use_backend
+from modmoe.ops.grouped_linear import LAYOUTS, _multiply_on_device, _outer_on_device, _spans
+
+# (tokens, top_k, experts, in, out)
+SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9)]
+
+
+def make(size: tuple[int, ...], source: str, dtype: torch.dtype = torch.float64, masked: float = 0.3) -> tuple:
+    num_tokens, top_k, num_experts, width_in, width_out = size
+    torch.manual_seed(0)
+    index = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(num_tokens)])
+    index[torch.rand(num_tokens) < masked] = num_experts
+    index[index == 1] = 0 if top_k == 1 else num_experts  # expert 1, where there is one, is empty
+    plan = dispatch_plan(index, num_experts)
+    x = torch.randn(num_tokens if source == "token" else num_tokens * top_k, width_in, dtype=dtype)
+    weight = torch.randn(num_experts, width_out, width_in, dtype=dtype)
+    gates = torch.rand(num_tokens, top_k, dtype=dtype if dtype == torch.float64 else torch.float32)
+    return x, weight, gates, plan, index
+
+
+def loop(
+    x: Tensor,
+    weight: Tensor,
+    gates: Tensor | None,
+    plan: DispatchPlan,
+    index: Tensor,
+    source: str,
+    target: str,
+) -> Tensor:
+    """One token and slot at a time."""
+    num_tokens, top_k = index.shape
+    zero = torch.zeros(weight.shape[1], dtype=x.dtype)
+    pairs = []
+    for token, slot in itertools.product(range(num_tokens), range(top_k)):
+        pair, expert = token * top_k + slot, int(index[token, slot])
+        row = {"token": token, "pair": pair, "sorted": int(plan.inverse[pair])}[source]
+        y = zero if expert == len(weight) else weight[expert] @ x[row]
+        pairs.append(y if gates is None else y * gates[token, slot])
+    if target == "sorted":
+        return torch.stack([pairs[pair] for pair in plan.order.tolist()])
+    result = torch.stack(pairs)
+    return result if target == "pair" else result.view(num_tokens, top_k, -1).sum(1)
+
+
+def gradients(function: Callable[..., Tensor], *leaves: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    inputs = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*inputs)
+    torch.manual_seed(1)
+    (out * torch.randn(out.shape).to(out.dtype)).sum().backward()
+    return out, {
+        name: leaf.grad for name, leaf in zip(("x", "weight", "gates"), inputs, strict=True) if leaf is not None
+    }
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(
+    ("target", "gated"), [("sorted", False), ("pair", False), *((target, True) for target in LAYOUTS)]
+)
+@pytest.mark.parametrize("source", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: bool, backend: str) -> None:
+    x, weight, gates, plan, index = make(size, source)
+    gates = gates if gated else None
+
+    def run(x: Tensor, weight: Tensor, gates: Tensor | None) -> Tensor:
+        return grouped_linear(
+            x, weight, plan, top_k=size[1], source=source, target=target, gates=gates, backend=backend
+        )
+
+    actual, actual_grads = gradients(run, x, weight, gates)
+    expected, expected_grads = gradients(
+        lambda x, weight, gates: loop(x, weight, gates, plan, index, source, target), x, weight, gates
+    )
+    torch.testing.assert_close(actual, expected)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(actual_grads[name], grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize(("source", "target"), [("token", "sorted"), ("sorted", "token"), ("pair", "token")])
+def test_precision(source: str, target: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Many rows per expert, so that the cut of low-precision products is met; errors are relative L2."""
+    size = (301, 2, 3, 17, 33)
+    x, weight, gates, plan, _ = make(size, source, dtype)
+
+    def run(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
+        return grouped_linear(x, weight, plan, top_k=2, source=source, target=target, gates=gates)
+
+    actual, actual_grads = gradients(run, x, weight, gates)
+    assert actual.dtype == dtype
+    with use_backend("reference"):
+        expected, expected_grads = gradients(run, x.double(), weight.double(), gates.double())
+    for name, a, b in [
+        ("out", actual, expected),
+        *((n, actual_grads[n], g) for n, g in expected_grads.items()),
+    ]:
+        assert (a.double() - b).norm() <= tolerance * b.norm(), name
+
+
+def test_spans_come_back_in_few_shapes() -> None:
+    offsets = torch.tensor([3, 3, 80, 144], dtype=torch.int32)
+    assert list(_spans(offsets, torch.float32)) == [(0, 0, 3), (2, 3, 80), (3, 80, 144)]
+    assert list(_spans(offsets, torch.bfloat16)) == [(0, 0, 3), (2, 3, 67), (2, 67, 80), (3, 80, 144)]
+
+
+def test_gradcheck() -> None:
+    x, weight, gates, plan, _ = make((5, 2, 4, 3, 2), "token")
+    for tensor in (x, weight, gates):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, weight, gates: grouped_linear(x, weight, plan, top_k=2, gates=gates), (x, weight, gates)
+    )
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_all_tokens_masked(source: str, target: str) -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), source, masked=1.1)
+    x[:] = float("nan")  # rows that nobody owns are never read
+    out, grads = gradients(
+        lambda x, weight, gates: grouped_linear(x, weight, plan, top_k=2, source=source, target=target, gates=gates),
+        x,
+        weight,
+        gates,
+    )
+    assert out.abs().max() == 0
+    assert all(grad.abs().max() == 0 for grad in grads.values())
+
+
+def test_stride_zero_and_non_contiguous() -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), "token")
+    contiguous = grouped_linear(x, weight, plan, top_k=2, gates=gates)
+    strided = grouped_linear(
+        x.T.contiguous().T, weight.mT.contiguous().mT, plan, top_k=2, gates=gates.T.contiguous().T
+    )
+    torch.testing.assert_close(contiguous, strided)
+    for target in LAYOUTS:
+        leaf = weight.clone().requires_grad_()
+        grouped_linear(x, leaf, plan, top_k=2, gates=gates, target=target).sum().backward()
+        ones = weight.clone().requires_grad_()
+        y = grouped_linear(x, ones, plan, top_k=2, gates=gates, target=target)
+        y.backward(torch.ones_like(y))
+        torch.testing.assert_close(leaf.grad, ones.grad)
+
+
+def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen experts cost no weight gradient, and the gate's gradient does not depend on who else wants one."""
+    x, weight, gates, plan, _ = make((9, 2, 3, 4, 5), "token")
+    _, full = gradients(lambda x, w, g: grouped_linear(x, w, plan, top_k=2, gates=g), x, weight, gates)
+    monkeypatch.setattr(
+        sys.modules["modmoe.ops.grouped_linear"],
+        "_outer",
+        lambda *_: pytest.fail("weight gradient was computed"),
+    )
+    leaves = {"x": x.clone(), "gates": gates.clone()}
+    for wanted in (["x"], ["gates"], ["x", "gates"]):
+        tensors = {name: t.clone().requires_grad_(name in wanted) for name, t in leaves.items()}
+        out = grouped_linear(tensors["x"], weight, plan, top_k=2, gates=tensors["gates"])
+        torch.manual_seed(1)
+        (out * torch.randn(out.shape).to(out.dtype)).sum().backward()
+        for name in wanted:
+            torch.testing.assert_close(tensors[name].grad, full[name], msg=name)
+
+
+def test_bitwise_rerun() -> None:
+    x, weight, gates, plan, _ = make((200, 2, 4, 16, 8), "token", torch.float32)
+    runs = [
+        gradients(lambda x, w, g: grouped_linear(x, w, plan, top_k=2, gates=g), x, weight, gates) for _ in range(3)
+    ]
+    for out, grads in runs[1:]:
+        assert torch.equal(out, runs[0][0])
+        assert all(torch.equal(grad, runs[0][1][name]) for name, grad in grads.items())
+
+
+def test_autocast() -> None:
+    x, weight, gates, plan, _ = make((9, 2, 3, 4, 5), "token", torch.float32)
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = grouped_linear(x, weight, plan, top_k=2, gates=gates)
+        (grad,) = torch.autograd.grad(out.sum(), weight)  # inside: nor may autocast touch what runs in the op
+    low = weight.detach().bfloat16().requires_grad_()
+    expected = grouped_linear(x.bfloat16(), low, plan, top_k=2, gates=gates)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected)
+    assert grad.dtype == torch.float32
+    assert torch.equal(grad, torch.autograd.grad(expected.sum(), low)[0].float())
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_well_behaved_op(source: str, target: str) -> None:
+    x, weight, gates, plan, _ = make((4, 2, 3, 4, 5), source, torch.float32)
+    tensors = (x.requires_grad_(), weight.requires_grad_(), plan.order, plan.inverse, plan.offsets)
+    arguments = (*tensors, gates.requires_grad_(), 2, source, target)
+    out = torch.ops.modmoe.grouped_linear(*arguments)
+    torch.library.opcheck(torch.ops.modmoe.grouped_linear, arguments)
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    for needs in [(True, True, True), (True, False, False), (False, True, False)]:
+        torch.library.opcheck(torch.ops.modmoe.grouped_linear_backward, (torch.randn(out.shape), *detached, *needs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_equals_eager(dtype: torch.dtype) -> None:
+    def run(x: Tensor, up: Tensor, down: Tensor, gates: Tensor, index: Tensor) -> Tensor:
+        plan = dispatch_plan(index, len(up))
+        hidden = grouped_linear(x, up, plan, top_k=2, target="sorted").relu()
+        return grouped_linear(hidden, down, plan, top_k=2, source="sorted", gates=gates)
+
+    x, up, gates, _, index = make((9, 2, 3, 4, 5), "token", dtype)
+    leaves = [t.requires_grad_() for t in (x, up, torch.randn(3, 4, 5).to(dtype), gates)]
+    eager = run(*leaves, index)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves, index)
+    assert torch.equal(eager, compiled)
+    grads = [torch.autograd.grad(out.float().square().sum(), leaves) for out in (eager, compiled)]
+    for name, a, b in zip(("x", "up", "down", "gates"), *grads, strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (5, 3), (17, 24)], ids=str)
+def test_device_products(widths: tuple[int, int]) -> None:
+    """What runs off the CPU, run on the CPU (grouped_mm has a kernel there too): odd widths, empty experts, tails."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([3, 3, 10], dtype=torch.int32)
+    left, right = torch.randn(12, widths[1]).bfloat16(), torch.randn(12, widths[0]).bfloat16()
+    weight = torch.randn(3, widths[1], widths[0]).bfloat16()
+    groups = [slice(0, 3), slice(3, 3), slice(3, 10)]
+    for matrix, rows in (
+        (weight.mT, right),
+        (weight, left),
+    ):  # as the forward and the backward pass have them
+        out = _multiply_on_device(rows, matrix, offsets)
+        expected = torch.cat(
+            [*(rows[g] @ w for g, w in zip(groups, matrix, strict=True)), rows.new_zeros(2, matrix.shape[2])]
+        )
+        torch.testing.assert_close(out, expected)
+    outer = _outer_on_device(left, right, offsets)
+    torch.testing.assert_close(outer, torch.stack([left[g].T @ right[g] for g in groups]))
+
+
+def test_errors_name_the_value() -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), "token", torch.float32)
+    with pytest.raises(ValueError, match="source='expert'"):
+        grouped_linear(x, weight, plan, top_k=2, source="expert", gates=gates)
+    with pytest.raises(ValueError, match="needs gates"):
+        grouped_linear(x, weight, plan, top_k=2)
+    with pytest.raises(ValueError, match=r"got \(6, 3\) and \(3, 5, 4\)"):
+        grouped_linear(x[:, :3], weight, plan, top_k=2, gates=gates)
+    with pytest.raises(TypeError, match=r"torch.float32 and torch.float64"):
+        grouped_linear(x, weight.double(), plan, top_k=2, gates=gates)
+    with pytest.raises(ValueError, match="source 'pair' needs 12 rows for this plan and top_k=2, got 6"):
+        grouped_linear(x, weight, plan, top_k=2, source="pair", gates=gates)
+    with pytest.raises(ValueError, match="the plan is for 3 experts but weight has 2"):
+        grouped_linear(x, weight[:2], plan, top_k=2, gates=gates)
+    with pytest.raises(ValueError, match=r"gates must have shape \(6, 2\), got \(6, 1\)"):
+        grouped_linear(x, weight, plan, top_k=2, gates=gates[:, :1])
+    with pytest.raises(ValueError, match="top_k must divide the 12 pairs of the plan, got 5"):
+        grouped_linear(x, weight, plan, top_k=5, gates=gates)
+    with pytest.raises(RuntimeError, match="one device, got"):
+        grouped_linear(x.to("meta"), weight, plan, top_k=2, gates=gates)
