@@ -1,0 +1,1 @@
+"""Training on the Hugging Face Trainer and DeepSpeed: run configs, trainer, checkpoints, reports."""

@@ -1,0 +1,64 @@
+"""The optimizer, its parameter groups and the learning-rate schedule."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from modmoe.training.run_config import OptimizationConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices with weight decay; norms, biases and other vectors without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter is a flat shard, and ds_shape its true shape.
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, over all trainable parameters."""
+    return OPTIMIZERS[config.optimizer](model, config)
+
+
+def _adamw(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizationConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:
+    """The schedule as a multiplier on each group's learning rate."""
+    return LambdaLR(optimizer, lambda step: lr_ratio(step, steps, config))
+
+
+def lr_ratio(step: int, steps: int, config: OptimizationConfig) -> float:
+    """
+    Learning rate of one step relative to the peak.
+
+    Args:
+        step: counted from 0.
+        steps: of the whole run; the rate would reach `min_lr_ratio` at step `steps`, one after the last.
+        config: schedule, warm-up and minimum.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    start = config.warmup_steps
+    if config.schedule == "wsd":
+        start = max(start, steps - round(config.decay_fraction * steps))
+    progress = min(1.0, max(0.0, (step - start) / max(1, steps - start)))
+    fall = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * fall

@@ -1,0 +1,152 @@
+"""A pretraining run from its configuration to the report."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from modmoe.data import PreparedData, prepare_data
+from modmoe.ops.backend import ENVIRONMENT_VARIABLE
+from modmoe.training.bootstrap import world_size
+from modmoe.training.checkpoint import (
+    check_world_size,
+    claim_output_dir,
+    clear_foreign_run,
+    save_run_file,
+)
+from modmoe.training.initialization import build_model
+from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
+from modmoe.training.router_load import routed_layers
+from modmoe.training.run_config import RunConfig
+from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
+from modmoe.training.yaml_config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(run: RunConfig) -> int:
+    """
+    Prepare data and model, train or resume, evaluate, export to `output_dir/final` and report.
+
+    Returns:
+        the exit code: 0, or 128 + the number of the signal that interrupted training.
+
+    Raises:
+        ConfigError: for mistakes in the configuration or the data.
+        CheckpointError: if a checkpoint cannot be written or used.
+    """
+    checkpoint = claim_output_dir(run)
+    if checkpoint is not None:
+        check_world_size(checkpoint, world_size())
+    args = training_arguments(run)
+    set_seed(run.seed)
+    with args.main_process_first(desc="preparing data"):
+        data = _prepare_data(run)
+    model = build_model(run, data.tokenizer)
+    facts = _facts(run)
+    if args.process_index == 0:
+        clear_foreign_run(run)
+        save_run_file(run, run.output_dir, facts)
+        logger.info(summary(run, model, data, facts))
+    trainer = ModMoETrainer(model, args, run, data, facts)
+    if checkpoint is not None and args.process_index == 0:
+        logger.info("resuming from %s", checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.stop.exit_code:
+        if args.process_index == 0:
+            logger.info("interrupted at step %d; run the same command to resume", trainer.state.global_step)
+        return trainer.stop.exit_code
+    _finish(trainer, run, data)
+    return 0
+
+
+def _prepare_data(run: RunConfig) -> PreparedData:
+    blocks = run.steps(world_size()) * run.blocks_per_step(world_size())
+    try:
+        return prepare_data(
+            run.data.sources, run.tokenizer, run.data.sequence_length, run.data.cache_dir, run.seed, blocks
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"data: {error}") from error
+
+
+def _finish(trainer: ModMoETrainer, run: RunConfig, data: PreparedData) -> None:
+    """Final evaluation, export, pictures, samples."""
+    scores = trainer.score_domains(run.evaluation.final_blocks_per_domain)
+    final = run.output_dir / "final"
+    trainer.save_final(final)
+    if not trainer.args.should_save:
+        return
+    write_expert_use(scores, routed_layers(trainer.model.config), run.output_dir)
+    draw_loss(run.output_dir / "metrics.jsonl", run.output_dir / "loss.png")
+    write_results(scores, data.statistics, run.output_dir)
+    print(score_table(scores, data.statistics))
+    model = load_final(final, trainer.args)
+    for domain in data.statistics:
+        print(f"--- {domain} ---\n{sample(model, data.tokenizer, domain)}")
+    print(f"saved {final}; load it with: import modmoe; AutoModelForCausalLM.from_pretrained({str(final)!r})")
+
+
+def load_final(directory: Path, args: TrainingArguments) -> PreTrainedModel:
+    """Load the export as any user would, whatever engine trained it."""
+    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model as well
+    return AutoModelForCausalLM.from_pretrained(directory).to(args.device).eval()
+
+
+def _facts(run: RunConfig) -> dict[str, Any]:
+    """What the configuration leaves to the machine."""
+    return {
+        "processes": world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": run_precision(run),
+        "op backend": os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
+        "engine": "plain PyTorch" if run.deepspeed is None else f"DeepSpeed ZeRO-{_zero_stage(run.deepspeed)}",
+    }
+
+
+def _zero_stage(section: dict[str, Any]) -> int:
+    return section.get("zero_optimization", {}).get("stage", 0)
+
+
+def summary(run: RunConfig, model: PreTrainedModel, data: PreparedData, facts: dict[str, Any]) -> str:
+    """What is about to happen, in a few lines."""
+    config = model.config
+    total, active = parameter_counts(model)
+    steps, per_step = run.steps(world_size()), run.tokens_per_step(world_size())
+    sizes = ", ".join(
+        f"{name} {split.train.tokens:,} tokens" if split.train else f"{name} streamed"
+        for name, split in data.statistics.items()
+    )
+    lines = {
+        "model": f"{total:,} parameters, {active:,} active per token; {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}, {config.num_attn_experts} attention and {config.num_experts} FFN experts",
+        "data": f"{sizes}; vocabulary {len(data.tokenizer):,}",
+        "training": f"{steps:,} steps of {per_step:,} tokens, {steps * per_step:,} in all",
+        "aux loss": f"{config.router_aux_loss_type}, coefficient {config.router_aux_loss_coef:g}, z-loss weight "
+        f"{config.router_z_loss_weight:g}, over {config.aux_scope}",
+        "machine": ", ".join(f"{name} {value}" for name, value in facts.items()),
+        "output": str(run.output_dir),
+    }
+    return "\n".join(f"{name:>9}: {text}" for name, text in lines.items())
+
+
+def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters in all, and those that one token uses."""
+    total = sum(_size(p) for p in model.parameters())
+    idle = 0
+    for module in model.modules():
+        gate = getattr(module, "gate", None)
+        if gate is not None:
+            experts = sum(_size(p) for p in module.experts.parameters())
+            idle += experts * (gate.num_experts - gate.top_k) // gate.num_experts
+    return total, total - idle
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    # Under ZeRO-3 a parameter is a shard that knows its true size.
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,0 +1,99 @@
+"""How evenly routers spread tokens over experts: sums kept on the device and a few bounded figures per router."""
+
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from modmoe.models import ModMoEConfig
+
+SIDES = {"attn": "attn_tokens_per_expert", "ffn": "tokens_per_expert"}
+"""Router side -> field of the model's output."""
+
+
+def routed_layers(config: ModMoEConfig) -> dict[str, list[int]]:
+    """Side -> layers that have a router there, in the order of the model's outputs."""
+    layers = range(config.num_hidden_layers)
+    return {
+        "attn": [layer for layer in layers if config.attn_experts_at(layer)[0] > 1],
+        "ffn": [layer for layer in layers if config.experts_at(layer)[0] > 1],
+    }
+
+
+class RouterLoads:
+    """Tokens per expert of every router, summed over forward passes without waiting for the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, outputs: Any) -> None:
+        """Count one forward pass of a causal LM; models without routers count nothing."""
+        for side, field in SIDES.items():
+            self._add_side(side, getattr(outputs, field, None) or ())
+
+    def merge(self, other: Self) -> None:
+        """Count what another object has counted."""
+        for side, loads in other.sums.items():
+            self._add_side(side, loads)
+
+    def _add_side(self, side: str, loads: Any) -> None:
+        # float64 holds every count that occurs exactly.
+        loads = [load.detach().to(torch.float64) for load in loads]
+        if side in self.sums:
+            loads = [total + load for total, load in zip(self.sums[side], loads, strict=True)]
+        if loads:
+            self.sums[side] = loads
+
+    def all_reduce(self) -> None:
+        """Sum over all ranks, in one collective."""
+        flat = [load for loads in self.sums.values() for load in loads]
+        if not flat or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        joined = torch.cat(flat)
+        dist.all_reduce(joined)
+        parts = iter(joined.split([len(load) for load in flat]))
+        self.sums = {side: [next(parts) for _ in loads] for side, loads in self.sums.items()}
+
+    def shares(self) -> dict[str, list[list[float]]]:
+        """Side -> per router each expert's share of the assignments."""
+        return {side: [_share(load).tolist() for load in loads] for side, loads in self.sums.items()}
+
+    def metrics(self, layers: dict[str, list[int]]) -> dict[str, float]:
+        """
+        Three figures per router, and per side the worst violation, the mean entropy and all dead experts.
+
+        Args:
+            layers: of `routed_layers`.
+        """
+        metrics: dict[str, float] = {}
+        for side, loads in self.sums.items():
+            figures = [balance(load) for load in loads]
+            metrics[f"router/{side}/max_violation"] = max(f["max_violation"] for f in figures)
+            metrics[f"router/{side}/entropy"] = sum(f["entropy"] for f in figures) / len(figures)
+            metrics[f"router/{side}/dead_experts"] = sum(f["dead_experts"] for f in figures)
+            for layer, router in zip(layers[side], figures, strict=True):
+                metrics |= {f"router/{side}/layer_{layer:02d}/{name}": value for name, value in router.items()}
+        return metrics
+
+
+def balance(load: torch.Tensor) -> dict[str, float]:
+    """
+    Figures of one router from its load (E,), E > 1.
+
+    Returns:
+        max_violation: largest load over the mean load, minus one: 0 is even, E - 1 is one expert for all;
+        entropy: of the load, relative to the largest possible: 1 is even, 0 is one expert for all;
+        dead_experts: how many got no token.
+    """
+    share = _share(load)
+    entropy = torch.special.entr(share).sum() / torch.log(load.new_tensor(float(len(load))))
+    max_violation = share.max() * len(load) - 1
+    return {
+        "max_violation": round(float(max_violation), 4),
+        "entropy": round(float(entropy), 4),
+        "dead_experts": float((load == 0).sum()),
+    }
+
+
+def _share(load: torch.Tensor) -> torch.Tensor:
+    return load / load.sum().clamp_min(1)

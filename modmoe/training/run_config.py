@@ -1,0 +1,301 @@
+"""The configuration of one training run: one YAML file, any key of which the command line can override."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from modmoe.data.config import SourceConfig, TokenizerConfig
+from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.training.yaml_config import ConfigError, apply_override, load_yaml, parse_overrides
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are errors, values do not change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """The training text; see `modmoe.data`."""
+
+    sources: list[SourceConfig] = Field(min_length=1)
+    """Domains of text; each says where it comes from and its weight."""
+    sequence_length: int = Field(default=256, ge=2)
+    """Tokens per block; documents are packed into blocks."""
+    cache_dir: Path = Path(".cache/modmoe")
+    """Where trained tokenizers and tokenised text are kept, relative to the working directory."""
+    workers: int = Field(default=0, ge=0)
+    """Processes per rank that read data ahead; 0 reads in the training process."""
+
+
+class OptimizationConfig(Section):
+    """How long and how to optimise."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; give either this or `tokens`."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Training tokens on all processes together; rounded up to whole steps."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Blocks per forward pass and process."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step and process."""
+    optimizer: Literal["adamw"] = "adamw"
+    """The update rule."""
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Learning rate after the warm-up: falling in a line or a half cosine, constant, or constant and then linear."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly to its peak."""
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Last share of the steps in which "wsd" decays."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, relative to the peak."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms, biases and other vectors have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's two moments, each in [0, 1)."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Norm to which the gradient is clipped; 0 turns clipping off."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of matrix products over fp32 weights; "auto" is bf16 where the hardware has it natively."""
+
+    @field_validator("betas")
+    @classmethod
+    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"each of the two must be in [0, 1), got {list(betas)}")
+        return betas
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(f"give exactly one of steps and tokens, got steps={self.steps}, tokens={self.tokens}")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
+        return self
+
+
+class LoggingConfig(Section):
+    """Metrics go to the console, to metrics.jsonl and to TensorBoard."""
+
+    interval: int = Field(default=10, ge=1)
+    """Steps between two records."""
+    tensorboard: bool = True
+    """Whether to write TensorBoard files."""
+
+
+class EvaluationConfig(Section):
+    """Validation loss of each domain."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between two evaluations; 0 evaluates at the end only."""
+    blocks_per_domain: int = Field(default=64, ge=1)
+    """Validation blocks per domain during training."""
+    final_blocks_per_domain: int = Field(default=512, ge=1)
+    """Validation blocks per domain at the end."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints from which a run resumes."""
+
+    interval: int = Field(default=1000, ge=1)
+    """Steps between two checkpoints; there is always one at the end."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest to keep."""
+
+
+class RunConfig(Section):
+    """Everything that one training run depends on."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `ModMoEConfig`; `preset: FILE` reads them from a YAML file first. With `init` empty means as saved."""
+    data: DataConfig
+    """The text."""
+    tokenizer: TokenizerConfig
+    """An existing tokenizer or the size of one to train on the text."""
+    optimization: OptimizationConfig
+    """Length of training, batch, optimizer, precision."""
+    deepspeed: dict[str, Any] | None = None
+    """A DeepSpeed configuration, or the path of a JSON file with one; none: plain PyTorch."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    logging: LoggingConfig = LoggingConfig()
+    """Metrics."""
+    output_dir: Path
+    """Where everything is written, relative to the working directory."""
+    init: Path | None = None
+    """Directory with a saved model whose weights training starts from."""
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights, the data order and everything else that is random."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop training after this wall-clock time, wherever the schedule is, and finish as usual."""
+    overwrite_output: bool = False
+    """Whether to delete another run that `output_dir` holds; refused otherwise."""
+
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        build_model_config(fields)
+        return fields
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _check_deepspeed(cls, section: dict[str, Any] | None) -> dict[str, Any] | None:
+        for key in ("optimizer", "scheduler"):
+            if section and key in section:
+                raise ValueError(f"remove {key!r}: the section 'optimization' decides it")
+        return section
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if not self.model and self.init is None:
+            raise ValueError("give a 'model' section, or 'init' to start from a saved model")
+        return self
+
+    def blocks_per_step(self, world_size: int) -> int:
+        """Blocks of one optimizer step on all processes."""
+        return self.optimization.micro_batch_size * self.optimization.gradient_accumulation * world_size
+
+    def tokens_per_step(self, world_size: int) -> int:
+        """Tokens of one optimizer step on all processes."""
+        return self.blocks_per_step(world_size) * self.data.sequence_length
+
+    def steps(self, world_size: int) -> int:
+        """Optimizer steps of the run."""
+        if self.optimization.steps is not None:
+            return self.optimization.steps
+        return math.ceil((self.optimization.tokens or 0) / self.tokens_per_step(world_size))
+
+
+def build_model_config(fields: dict[str, Any]) -> ModMoEConfig:
+    """
+    Check model fields and make a config of them.
+
+    Raises:
+        ValueError: for unknown fields and impossible values.
+    """
+    floats = {name for name, field in ModMoEConfig.__dataclass_fields__.items() if field.type is float}
+    # The config is strict about types, but in a YAML file 1 is a fine way to write 1.0.
+    fields = {k: float(v) if k in floats and type(v) is int else v for k, v in fields.items()}
+    try:
+        return ModMoEConfig(**fields)
+    except ValueError:
+        raise
+    except Exception as error:  # type errors of the strict config have classes of their own
+        cause = error.__cause__ or error
+        raise ValueError(" ".join(str(cause).split())) from None
+
+
+def load_run_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
+    """
+    Read a run's YAML file, apply command-line overrides and check everything.
+
+    Paths inside the file that name other config files (`model.preset`, `deepspeed`) are relative to it; those on
+    the command line are relative to the working directory.
+
+    Args:
+        path: the YAML file.
+        arguments: `--section.key VALUE` pairs.
+
+    Raises:
+        ConfigError: with one sentence per mistake.
+    """
+    content = load_yaml(path)
+    overrides = parse_overrides(arguments)
+    for key, value in overrides:
+        if key in _FILE_KEYS:
+            apply_override(content, key, str(Path(value).absolute()) if isinstance(value, str) else value)
+    _read_referenced_files(content, path.parent)
+    for key, value in overrides:
+        if key not in _FILE_KEYS:
+            apply_override(content, key, value)
+    return check_run_config(content)
+
+
+def check_run_config(content: dict[str, Any]) -> RunConfig:
+    """
+    Raises:
+        ConfigError: with one sentence per mistake.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(detail) for detail in error.errors())) from None
+
+
+_FILE_KEYS = ("model.preset", "deepspeed")
+
+
+def _read_referenced_files(content: dict[str, Any], base: Path) -> None:
+    """Replace `model.preset` and `deepspeed` paths by what the files say."""
+    model = content.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        preset = model.pop("preset")
+        if not isinstance(preset, str):
+            raise ConfigError(f"model.preset must be the path of a YAML file, got {preset!r}")
+        content["model"] = load_yaml(base / preset) | model
+    if isinstance(content.get("deepspeed"), str):
+        content["deepspeed"] = load_yaml(base / content["deepspeed"])
+
+
+def _describe(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {key}; {_suggest(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{key} is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
+
+
+def _suggest(location: tuple[str | int, ...]) -> str:
+    *path, name = location
+    allowed = valid_keys([part for part in path if isinstance(part, str)])
+    near = difflib.get_close_matches(str(name), allowed, n=2, cutoff=0.65)
+    prefix = "".join(f"{part}." for part in path)
+    if near:
+        return f"did you mean {' or '.join(prefix + match for match in near)}?"
+    return f"valid keys here are {', '.join(allowed)}"
+
+
+def valid_keys(path: Sequence[str]) -> list[str]:
+    """Names of the keys of the section that a path of section names leads to."""
+    section: Any = RunConfig
+    for part in path:
+        annotation = _annotations(section)[part]
+        nested = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "__annotations__")]
+        section = nested[-1]
+    return list(_annotations(section))
+
+
+def _annotations(section: Any) -> dict[str, Any]:
+    if issubclass(section, BaseModel):
+        return {name: field.annotation for name, field in section.model_fields.items()}
+    return {name: field.type for name, field in section.__dataclass_fields__.items()}
+
+
+def describe_keys() -> str:
+    """One line per key: name, default and meaning, for --help."""
+    return "\n".join(_describe_section(RunConfig, ""))
+
+
+def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
+    lines = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            lines += _describe_section(field.annotation, f"{prefix}{name}.")
+        else:
+            default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
+            lines.append(f"  --{prefix}{name}{default}: {' '.join((field.description or '').split())}")
+    return lines

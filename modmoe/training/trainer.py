@@ -1,0 +1,377 @@
+"""The Hugging Face Trainer with what modular models need beyond it.
+
+Loss shares of micro-batches, router losses over whole optimizer steps, expert loads, evaluation per domain, and
+checkpoints that are either complete or do not count.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
+
+from modmoe.data import PreparedData, collate_packed
+from modmoe.models import ModMoEForCausalLM
+from modmoe.training.bootstrap import world_size
+from modmoe.training.callbacks import Console, MetricsFile, SelectionBias, Stop, TensorBoard
+from modmoe.training.checkpoint import (
+    CheckpointError,
+    checkpoint_dir,
+    latest_complete,
+    mark_complete,
+    prune_checkpoints,
+    save_run_file,
+)
+from modmoe.training.evaluation import DomainScore, evaluate_domains
+from modmoe.training.optimizer import build_optimizer, build_scheduler
+from modmoe.training.precision import Precision, autocast, resolve_precision
+from modmoe.training.router_load import RouterLoads, routed_layers
+from modmoe.training.run_config import RunConfig
+
+Batch = dict[str, torch.Tensor]
+
+
+def device_type() -> str:
+    """Where this process trains."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_precision(run: RunConfig) -> Precision:
+    """The precision that the run's setting means on this machine."""
+    return resolve_precision(run.optimization.precision, device_type())
+
+
+def deepspeed_config(run: RunConfig) -> dict[str, Any] | None:
+    """
+    The DeepSpeed configuration of the run: its own section, completed by what other sections decide.
+
+    bf16 means autocast over fp32 weights unless the section has a "bf16" part, which stores weights in bf16 and keeps
+    fp32 ones in the optimizer: less memory on GPUs, but router weights are rounded too.
+    """
+    if run.deepspeed is None:
+        return None
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        **run.deepspeed,
+    }
+    if run_precision(run) == "bf16" and "bf16" not in config:
+        config.setdefault("torch_autocast", {"enabled": True, "dtype": "bfloat16"})
+    if _clips_in_optimizer(config):
+        config["gradient_clipping"] = 0.0
+    return config
+
+
+def _clips_in_optimizer(config: dict[str, Any]) -> bool:
+    """DeepSpeed without ZeRO or low-precision weights clips but does not tell the norm, so that is done here."""
+    return not config.get("zero_optimization", {}).get("stage") and "bf16" not in config and "fp16" not in config
+
+
+def training_arguments(run: RunConfig) -> TrainingArguments:
+    """Settings of the Hugging Face Trainer; making them also sets up the process group."""
+    optimization, deepspeed = run.optimization, deepspeed_config(run)
+    clips_itself = deepspeed is not None and _clips_in_optimizer(run.deepspeed or {})
+    return TrainingArguments(
+        output_dir=str(run.output_dir),
+        max_steps=run.steps(world_size()),
+        per_device_train_batch_size=optimization.micro_batch_size,
+        gradient_accumulation_steps=optimization.gradient_accumulation,
+        learning_rate=optimization.learning_rate,
+        max_grad_norm=0.0 if clips_itself else optimization.max_grad_norm,
+        bf16="bf16" in (deepspeed or {}) and run_precision(run) == "bf16",
+        deepspeed=deepspeed,
+        use_cpu=device_type() == "cpu",
+        seed=run.seed,
+        train_sampling_strategy="sequential",  # the data set is shuffled already
+        remove_unused_columns=False,
+        dataloader_num_workers=run.data.workers,
+        dataloader_pin_memory=device_type() == "cuda",
+        ddp_find_unused_parameters=False,
+        ddp_timeout=4 * 3600,  # rank 0 may tokenise while the others wait
+        logging_steps=run.logging.interval,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # would hide a diverged run, and wait for the device at every step
+        eval_strategy="steps" if run.evaluation.interval else "no",
+        eval_steps=run.evaluation.interval or None,
+        save_strategy="steps",
+        save_steps=run.checkpoint.interval,
+        use_cache=True,  # of the saved config; the trainer itself turns the cache off per call
+        report_to=[],
+        log_level="warning",
+    )
+
+
+class ModMoETrainer(Trainer):
+    """
+    Trains a modular causal LM on packed blocks.
+
+    Args:
+        model: `ModMoEForCausalLM`.
+        args: of `training_arguments`.
+        run: the configuration.
+        data: datasets and statistics.
+        facts: what else to note in the `run.yaml` of each checkpoint.
+    """
+
+    model: ModMoEForCausalLM
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: LRScheduler | None
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: ModMoEForCausalLM,
+        args: TrainingArguments,
+        run: RunConfig,
+        data: PreparedData,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        self.run = run
+        self.data = data
+        self.facts = facts or {}
+        self.stop = Stop(run.max_minutes)
+        self._layers = routed_layers(model.config)
+        self._step_loads = RouterLoads()
+        self._window_loads = RouterLoads()
+        self._window_sums: dict[str, torch.Tensor] = {}
+        self._window_start = (0, 0.0)
+        self._pauses = 0.0
+        self._grad_norm: torch.Tensor | None = None
+        self._step_batches: list[Batch] = []
+        self._step_tokens = torch.zeros((), dtype=torch.int64)
+        self._router_statistics: Any = None
+        callbacks = [MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
+        if run.logging.tensorboard:
+            callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
+        if model.config.use_selection_bias:
+            callbacks.append(SelectionBias(self._step_loads))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_packed,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            processing_class=data.tokenizer,
+            callbacks=callbacks,
+        )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+
+    # ---- Optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer = build_optimizer(model or self.model, self.run.optimization)
+            if self.is_deepspeed_enabled and _clips_in_optimizer(self.run.deepspeed or {}):
+                optimizer.register_step_pre_hook(self._clip)
+            self.optimizer = optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.create_optimizer()
+            self.lr_scheduler = build_scheduler(optimizer, self.run.optimization, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        max_norm = self.run.optimization.max_grad_norm or float("inf")
+        self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._grad_norm if self._grad_norm is not None else super()._get_grad_norm(model, grad_norm)
+
+    # ---- One optimizer step ----
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor | None]:
+        """The micro-batches of one step on this rank, and the number of labels in all of them on all ranks."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        labels = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
+        tokens = [_num_tokens(batch) for batch in batches]
+        counts = torch.stack([torch.stack(labels).sum(), torch.stack(tokens).sum()]).to(device)
+        if self.args.world_size > 1:
+            dist.all_reduce(counts)
+        self._step_batches = batches
+        self._step_tokens = counts[1]
+        self._step_loads.sums.clear()
+        return batches, counts[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's share of the step's loss; the sum over micro-batches and ranks is the step's."""
+        if self._step_batches:
+            self._router_statistics = self._statistics_of_step(model)
+            self._step_batches = []
+        outputs = model(
+            **inputs,
+            use_cache=False,
+            num_items_in_batch=num_items_in_batch,
+            num_tokens_in_batch=self._step_tokens,
+            router_statistics=self._router_statistics,
+        )
+        self._record(outputs, _num_tokens(inputs) / self._step_tokens)
+        # Data-parallel engines average gradients over ranks, and these are to be added.
+        loss = outputs.loss * self.args.world_size
+        return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        stack.enter_context(self._autocast())
+        return stack
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        stored_in_bf16 = self.args.bf16
+        precision = "fp32" if stored_in_bf16 else run_precision(self.run)
+        return autocast(precision, self.args.device.type)
+
+    def _statistics_of_step(self, model: nn.Module) -> Any:
+        """
+        First pass of `aux_scope="global_batch"`, None for other scopes.
+
+        It draws the same random numbers as the training pass that follows.
+        """
+        if self.model.config.aux_scope != "global_batch":
+            return None
+        bare = self.accelerator.unwrap_model(model)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            parts = [bare.router_statistics(**self._prepare_inputs(batch)) for batch in self._step_batches]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total.all_reduce() if self.args.world_size > 1 else total
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not counted: the estimate of transformers is for dense models."""
+        return 0
+
+    # ---- Metrics ----
+
+    def _record(self, outputs: Any, share: torch.Tensor) -> None:
+        """Add up this forward pass for the next record, without waiting for the device."""
+        self._step_loads.add(outputs)
+        self._window_loads.add(outputs)
+        values = {"cross_entropy": outputs.cross_entropy}
+        values |= {f"aux/{name}": value * share for name, value in (outputs.aux_losses or {}).items()}
+        for name, value in values.items():
+            self._window_sums[name] = self._window_sums.get(name, 0) + value.detach()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Complete training records and hand all to the callbacks, except for the Trainer's closing summary."""
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs = {key: value for key, value in logs.items() if value is not None} | self._window_metrics()
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _window_metrics(self) -> dict[str, float]:
+        """Means since the last record, over all ranks."""
+        step, begun = self._window_start
+        now = time.perf_counter()
+        steps, seconds = self.state.global_step - step, now - begun - self._pauses
+        self._window_start, self._pauses = (self.state.global_step, now), 0.0
+        sums = torch.stack(list(self._window_sums.values())).double()
+        if self.args.world_size > 1:
+            dist.all_reduce(sums)
+        self._window_loads.all_reduce()
+        per_step = self.run.tokens_per_step(self.args.world_size)
+        metrics = dict(zip(self._window_sums, (sums / steps).tolist(), strict=True))
+        metrics |= {"tokens": self.state.global_step * per_step, "tokens_per_second": steps * per_step / seconds}
+        metrics |= self._window_loads.metrics(self._layers)
+        self._window_sums.clear()
+        self._window_loads.sums.clear()
+        return metrics
+
+    @contextlib.contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Time that does not count as training time."""
+        begun = time.perf_counter()
+        yield
+        self._pauses += time.perf_counter() - begun
+
+    # ---- Training, evaluation, checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        first = 0 if resume_from_checkpoint is None else int(resume_from_checkpoint.rpartition("-")[2])
+        self._window_start = (first, time.perf_counter())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log loss and bits per byte of each domain."""
+        with self._off_the_clock():
+            scores = self.score_domains(self.run.evaluation.blocks_per_domain)
+        metrics: dict[str, float] = {}
+        for name, score in scores.items():
+            metrics[f"eval/{name}/nats_per_token"] = score.nats_per_token
+            metrics[f"eval/{name}/bits_per_byte"] = score.bits_per_byte
+        if metrics:
+            self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def score_domains(self, max_blocks: int) -> dict[str, DomainScore]:
+        """Evaluate every domain on at most `max_blocks` blocks."""
+        return evaluate_domains(
+            self.model_wrapped,
+            self.data.validation,
+            self.data.statistics,
+            max_blocks=max_blocks,
+            batch_size=self.run.optimization.micro_batch_size,
+            device=self.args.device,
+            autocast=self._autocast,
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        directory = checkpoint_dir(self.run.output_dir, self.state.global_step)
+        with self._off_the_clock():
+            if self.args.should_save:
+                # What an interrupted save left behind must not mix with the new files.
+                shutil.rmtree(directory, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    save_run_file(self.run, directory, self.facts)
+                    mark_complete(directory, self.args.world_size)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise CheckpointError(self._save_failure(directory, error)) from error
+            if self.args.should_save:
+                prune_checkpoints(self.run.output_dir, self.run.checkpoint.keep)
+
+    def _save_failure(self, directory: Path, error: Exception) -> str:
+        shutil.rmtree(directory, ignore_errors=True)
+        previous = latest_complete(directory.parent)
+        state = f"{previous} is untouched: make room and run the same command to resume" if previous else "make room"
+        return f"could not write checkpoint {directory} ({error}); {state}"
+
+    def save_final(self, directory: Path) -> None:
+        """Write a plain Hugging Face directory with model, generation config and tokenizer. Called by all ranks."""
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.args.should_save:
+            self.model.save_pretrained(directory, state_dict=state_dict)
+            self.data.tokenizer.save_pretrained(directory)
+        self.accelerator.wait_for_everyone()
+
+
+def _num_tokens(batch: Batch) -> torch.Tensor:
+    """(): routed tokens, which is all but padding."""
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device) if mask is None else mask.sum()

@@ -1,0 +1,77 @@
+"""A corpus of a few kilobytes and a model of a few thousand parameters."""
+
+import copy
+import json
+import random
+
+import pytest
+
+from modmoe.training.run_config import check_run_config
+from modmoe.training.yaml_config import apply_override
+
+MODEL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "head_dim": 8,
+    "num_attn_experts": 4,
+    "num_attn_experts_per_tok": 2,
+    "intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_hidden_size": 8,
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A jsonl file of documents of made-up words."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 7))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    documents = [" ".join(draw.choices(words, k=draw.randint(3, 60))) for _ in range(200)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def content(corpus, cache_dir, tmp_path):
+    """What a run's YAML file would hold."""
+    return {
+        "model": copy.deepcopy(MODEL),
+        "data": {
+            "sequence_length": 16,
+            "cache_dir": str(cache_dir),
+            "sources": [{"name": "words", "files": [str(corpus)], "validation_fraction": 0.2}],
+        },
+        "tokenizer": {"vocab_size": 280},
+        "optimization": {
+            "steps": 6,
+            "micro_batch_size": 2,
+            "gradient_accumulation": 2,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+        },
+        "evaluation": {"final_blocks_per_domain": 4, "blocks_per_domain": 3},
+        "checkpoint": {"interval": 3},
+        "logging": {"interval": 1, "tensorboard": False},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def make_run(content):
+    """Run config with overrides by dotted key."""
+
+    def make(overrides=None):
+        changed = copy.deepcopy(content)
+        for key, value in (overrides or {}).items():
+            apply_override(changed, key, value)
+        return check_run_config(changed)
+
+    return make

@@ -1,0 +1,103 @@
+"""Starting from saved weights, and from directories that cannot be started from."""
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from modmoe import ModMoEForCausalLM
+from modmoe.data import train_bpe
+from modmoe.training.initialization import build_model, model_config
+from modmoe.training.yaml_config import ConfigError
+
+from .conftest import MODEL
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_bpe(iter(["some text to learn from"] * 3), 270)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    torch.manual_seed(1)
+    model = ModMoEForCausalLM(model_config(MODEL, tokenizer))
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved", model
+
+
+def refused(run, tokenizer):
+    with pytest.raises(ConfigError) as caught:
+        build_model(run, tokenizer)
+    return str(caught.value)
+
+
+def test_fresh_weights_follow_the_seed_and_the_tokenizer(make_run, tokenizer):
+    torch.manual_seed(3)
+    first = build_model(make_run(), tokenizer)
+    torch.manual_seed(3)
+    second = build_model(make_run(), tokenizer)
+    assert all(a.equal(b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.config.vocab_size == len(tokenizer)
+    assert first.config.eos_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("with_model_section", [True, False])
+def test_init_takes_the_weights(make_run, tokenizer, saved, with_model_section):
+    directory, model = saved
+    run = make_run({"init": str(directory)} | ({} if with_model_section else {"model": {}}))
+    loaded = build_model(run, tokenizer)
+    assert loaded.dtype == torch.float32
+    for name, parameter in model.named_parameters():
+        assert loaded.get_parameter(name).equal(parameter), name
+
+
+def test_missing_directory(make_run, tokenizer, tmp_path):
+    missing = tmp_path / "nowhere"
+    assert refused(make_run({"init": str(missing)}), tokenizer) == f"init directory {missing} does not exist"
+
+
+def test_not_a_model(make_run, tokenizer, tmp_path):
+    assert "has no config.json" in refused(make_run({"init": str(tmp_path)}), tokenizer)
+
+
+def test_no_weights(make_run, tokenizer, saved):
+    (saved[0] / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused(make_run({"init": str(saved[0])}), tokenizer)
+
+
+def test_truncated_weights(make_run, tokenizer, saved):
+    weights = saved[0] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    text = refused(make_run({"init": str(saved[0])}), tokenizer)
+    assert f"weights {weights} are damaged or truncated" in text
+
+
+def test_missing_shard(make_run, tokenizer, saved):
+    saved[1].save_pretrained(saved[0], max_shard_size="20KB")
+    shard = next(saved[0].glob("model-00002*"))
+    shard.unlink()
+    assert refused(make_run({"init": str(saved[0])}), tokenizer) == f"weights {shard} are missing"
+
+
+def test_pickles(make_run, tokenizer, saved):
+    (saved[0] / "model.safetensors").rename(saved[0] / "pytorch_model.bin")
+    text = refused(make_run({"init": str(saved[0])}), tokenizer)
+    assert "holds pickled weights (pytorch_model.bin)" in text
+    assert "only safetensors are read" in text
+
+
+@pytest.mark.parametrize("change", [{"model.hidden_size": 32}, {"model.num_hidden_layers": 3}])
+def test_weights_of_another_model(make_run, tokenizer, saved, change):
+    text = refused(make_run({"init": str(saved[0]), **change}), tokenizer)
+    assert text.startswith(f"cannot start from {saved[0]}: ")
+
+
+def test_a_tokenizer_too_large_for_the_saved_model(make_run, saved):
+    larger = train_bpe(iter(["completely different words, and many more of them"] * 3), 290)
+    text = refused(make_run({"init": str(saved[0]), "model": {}}), larger)
+    assert f"tokenizer.name: {saved[0]}" in text
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(make_run, tokenizer):
+    text = refused(make_run({"model.vocab_size": 100}), tokenizer)
+    assert "model.vocab_size=100 is smaller than the tokenizer's" in text

@@ -1,0 +1,286 @@
+"""The trainer on a toy model: loss shares, scopes, metrics, checkpoints, faults."""
+
+import errno
+import logging
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modmoe.data import prepare_data
+from modmoe.training import checkpoint as checkpointing
+from modmoe.training.callbacks import read_metrics
+from modmoe.training.checkpoint import CheckpointError, checkpoints, claim_output_dir, save_run_file
+from modmoe.training.initialization import build_model
+from modmoe.training.pretraining import parameter_counts, summary
+from modmoe.training.trainer import ModMoETrainer, deepspeed_config, training_arguments
+
+
+@pytest.fixture(autouse=True)
+def single_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def make_trainer(run):
+    args = training_arguments(run)
+    blocks = run.steps(1) * run.blocks_per_step(1)
+    data = prepare_data(
+        run.data.sources, run.tokenizer, run.data.sequence_length, run.data.cache_dir, run.seed, blocks
+    )
+    torch.manual_seed(run.seed)
+    return ModMoETrainer(build_model(run, data.tokenizer), args, run, data)
+
+
+def train(run, prepare=lambda trainer: None):
+    """Train as `pretrain` does: claim the directory, resume from what it holds."""
+    checkpoint = claim_output_dir(run)
+    trainer = make_trainer(run)
+    save_run_file(run, run.output_dir, {})
+    prepare(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    return trainer
+
+
+def records(run):
+    return read_metrics(run.output_dir / "metrics.jsonl")
+
+
+def assert_same_weights(one, other):
+    for name, parameter in one.model.named_parameters():
+        assert parameter.equal(other.model.get_parameter(name)), name
+
+
+# ---- Loss ----
+
+
+@pytest.mark.parametrize("kind", ["mi", "switch"])
+@pytest.mark.parametrize("scope", ["global_batch", "micro_step"])
+def test_accumulation_changes_nothing_over_the_global_batch(make_run, tmp_path, kind, scope):
+    """With the scope of a micro-step it does: then this test would show a difference."""
+    model = {"model.aux_scope": scope, "model.router_aux_loss_type": kind, "model.router_aux_loss_coef": 3.0}
+    norms, values = [], []
+    for micro, accumulation in ((4, 1), (1, 4)):
+        run = make_run(
+            {
+                **model,
+                # Far from even routing, so that the loss matters.
+                "model.initializer_range": 0.5,
+                "optimization.micro_batch_size": micro,
+                "optimization.gradient_accumulation": accumulation,
+                "optimization.steps": 1,
+                "output_dir": str(tmp_path / f"{micro}"),
+            }
+        )
+        train(run)
+        norms.append(records(run)[0]["grad_norm"])
+        values.append(records(run)[0][f"aux/{kind}"])
+    same = pytest.approx(norms[1], rel=1e-4) == norms[0] and pytest.approx(values[1], rel=1e-5) == values[0]
+    assert same == (scope == "global_batch"), (norms, values)
+
+
+def test_losses_of_unequal_micro_batches_add_up(make_run, tmp_path):
+    """The cross entropy of 1 x 4 and 4 x 1 agree although micro-batches have different numbers of labels."""
+    logs = []
+    for micro, accumulation in ((4, 1), (1, 4)):
+        run = make_run(
+            {
+                "model.router_aux_loss_type": "none",
+                "data.sequence_length": 64,
+                "optimization.micro_batch_size": micro,
+                "optimization.gradient_accumulation": accumulation,
+                "output_dir": str(tmp_path / f"{micro}"),
+            }
+        )
+        trainer = make_trainer(run)
+        labels = [(trainer.data.train[i]["labels"][1:] != -100).sum() for i in range(4)]
+        assert len(set(labels)) > 1
+        trainer.train()
+        logs.append([(r["loss"], r["grad_norm"]) for r in records(run)])
+    assert torch.tensor(logs[0]).allclose(torch.tensor(logs[1]), rtol=1e-3)
+
+
+def test_both_passes_of_a_global_batch_draw_the_same_experts(make_run):
+    run = make_run({"model.aux_scope": "global_batch", "model.sample_topk": 1, "optimization.steps": 2})
+    trainer = make_trainer(run)
+    seen = []
+    first_pass = trainer._statistics_of_step
+    trainer._statistics_of_step = lambda model: seen.append(first_pass(model)) or seen[-1]
+    drawn = []
+    original = trainer._record
+
+    def record(outputs, share):
+        original(outputs, share)
+        drawn.append(torch.stack(outputs.tokens_per_expert + outputs.attn_tokens_per_expert))
+
+    trainer._record = record
+    trainer.train()
+    for step, statistics in enumerate(seen):
+        in_training = sum(drawn[2 * step : 2 * step + 2])
+        assert torch.stack(statistics.tokens_per_expert()).equal(in_training)
+
+
+def test_selection_bias_moves_once_per_step(make_run):
+    run = make_run({"model.use_selection_bias": True, "optimization.steps": 3, "model.initializer_range": 0.5})
+    trainer = train(run)
+    rate = trainer.model.config.selection_bias_update_rate
+    moved = torch.cat([b for n, b in trainer.model.named_buffers() if n.endswith("selection_bias")])
+    assert moved.abs().max() > 0
+    # Each of three steps moves a bias by the rate, up or down, or not at all if the load is the mean.
+    assert moved.abs().max() <= 3 * rate * (1 + 1e-6)
+    assert (moved / rate).allclose((moved / rate).round(), atol=1e-4)
+
+
+# ---- Metrics ----
+
+
+def test_metrics_are_complete(make_run):
+    run = make_run({"optimization.steps": 2, "evaluation.interval": 2, "model.router_z_loss_weight": 0.1})
+    train(run)
+    training = [r for r in records(run) if "loss" in r]
+    assert [r["step"] for r in training] == [1, 2]
+    assert training[1]["tokens"] == 2 * run.tokens_per_step(1)
+    assert training[0]["loss"] == pytest.approx(
+        training[0]["cross_entropy"] + 0.01 * (training[0]["aux/mi"] + 0.1 * training[0]["aux/z"]), rel=1e-5
+    )
+    assert training[0]["tokens_per_second"] > 0
+    assert training[0]["grad_norm"] > 0
+    for side in ("attn", "ffn"):
+        for figure in ("max_violation", "entropy", "dead_experts"):
+            assert f"router/{side}/{figure}" in training[0]
+            assert f"router/{side}/layer_01/{figure}" in training[0]
+    evaluation = next(r for r in records(run) if "eval/words/nats_per_token" in r)
+    assert evaluation["step"] == 2
+    assert 3 < evaluation["eval/words/nats_per_token"] < 8
+
+
+def test_tensorboard_gets_the_same_scalars(make_run):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = make_run({"logging.tensorboard": True, "optimization.steps": 2})
+    train(run)
+    events = accumulator.EventAccumulator(str(run.output_dir / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([r["loss"] for r in records(run)])
+
+
+def test_the_summary_says_what_matters(make_run):
+    run = make_run()
+    trainer = make_trainer(run)
+    total, active = parameter_counts(trainer.model)
+    assert total == sum(p.numel() for p in trainer.model.parameters())
+    experts = sum(p.numel() for n, p in trainer.model.named_parameters() if ".experts." in n)
+    assert active == total - experts // 2
+    text = summary(run, trainer.model, trainer.data, {"precision": "fp32"})
+    for part in (f"{total:,} parameters, {active:,} active", "6 steps of 64 tokens", "mi, coefficient 0.01", "fp32"):
+        assert part in text
+
+
+# ---- Checkpoints ----
+
+
+def test_resuming_is_bitwise(make_run, tmp_path):
+    changes = {"model.sample_topk": 1, "optimization.warmup_steps": 2}  # both random state and schedule matter
+    straight = train(make_run({**changes, "output_dir": str(tmp_path / "straight")}))
+    run = make_run(changes)
+
+    def interrupt(trainer):
+        on_step_end = trainer.stop.on_step_end
+
+        def stop_at_four(args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer.stop._requested = 143
+            on_step_end(args, state, control, **kwargs)
+
+        trainer.stop.on_step_end = stop_at_four
+
+    stopped = train(run, interrupt)
+    assert stopped.stop.exit_code == 143
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+    resumed = train(run)
+    assert resumed.state.global_step == 6
+    assert_same_weights(straight, resumed)
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    numbers = [[r["loss"], r["learning_rate"]] for r in records(run)]
+    assert numbers == [[r["loss"], r["learning_rate"]] for r in records(straight.run)]
+
+
+def test_an_interrupted_save_falls_back_to_the_checkpoint_before(make_run, tmp_path, caplog):
+    straight = train(make_run({"output_dir": str(tmp_path / "straight")}))
+    run = make_run()
+    train(run)
+    newest = checkpoints(run.output_dir)[-1]
+    (newest / "complete.json").unlink()
+    (newest / "model.safetensors").write_bytes(b"half")
+    with caplog.at_level(logging.WARNING):
+        resumed = train(run)
+    assert "skipping checkpoint" in caplog.text
+    assert_same_weights(straight, resumed)
+    assert checkpointing.defect(newest) is None
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(make_run, monkeypatch):
+    run = make_run()
+    save = torch.save
+
+    def full_from_step_six(content, path, *args, **kwargs):
+        if "checkpoint-6" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(content, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_from_step_six)
+        with pytest.raises(CheckpointError) as caught:
+            train(run)
+    assert "could not write checkpoint" in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert f"{run.output_dir / 'checkpoint-3'} is untouched: make room and run the same command" in str(caught.value)
+    assert train(run).state.global_step == 6
+
+
+def test_only_the_newest_checkpoints_are_kept(make_run):
+    run = make_run({"checkpoint.interval": 1, "checkpoint.keep": 2})
+    train(run)
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-5", "checkpoint-6"]
+    assert all((c / "run.yaml").is_file() for c in checkpoints(run.output_dir))
+
+
+def test_the_time_limit_stops_and_saves(make_run):
+    run = make_run({"max_minutes": 1e-6})
+    trainer = train(run)
+    assert trainer.state.global_step == 1
+    assert trainer.stop.exit_code == 0
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-1"]
+
+
+def test_the_final_directory_is_plain(make_run, tmp_path):
+    trainer = train(make_run({"optimization.steps": 1}))
+    trainer.save_final(tmp_path / "final")
+    names = {p.name for p in (tmp_path / "final").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt"))]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert loaded.config.use_cache
+    for name, parameter in trainer.model.named_parameters():
+        assert loaded.get_parameter(name).equal(parameter), name
+
+
+# ---- DeepSpeed section ----
+
+
+def test_bf16_is_autocast_unless_the_section_says_otherwise(make_run):
+    run = make_run({"deepspeed": {"zero_optimization": {"stage": 1}}, "optimization.precision": "bf16"})
+    assert deepspeed_config(run)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    run = make_run({"deepspeed": {"bf16": {"enabled": "auto"}}, "optimization.precision": "bf16"})
+    assert "torch_autocast" not in deepspeed_config(run)
+    assert "torch_autocast" not in deepspeed_config(make_run({"deepspeed": {}}))
+    assert deepspeed_config(make_run()) is None
+
+
+def test_bf16_trains(make_run):
+    run = make_run({"optimization.precision": "bf16", "optimization.steps": 2})
+    trainer = train(run)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert math.isfinite(records(run)[1]["loss"])

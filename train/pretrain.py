@@ -1,0 +1,75 @@
+"""
+Pretrain a modular language model.
+
+    deepspeed train/pretrain.py --config configs/train/quickstart.yaml [--section.key VALUE ...]
+
+Any key of the config can be given on the command line: --optimization.learning_rate 3e-4 --init DIR. Running the same
+command again resumes. `python train/pretrain.py` works too, as a single process. Exit codes: 0 finished; 2 mistake in
+the configuration or the data; 130 and 143 interrupted by Ctrl-C or SIGTERM, after saving; 1 anything else.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+
+import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
+
+from modmoe.training.bootstrap import is_main_process, prepare_process
+from modmoe.training.run_config import RunConfig, describe_keys, load_run_config
+from modmoe.training.yaml_config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, train, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"keys of the config [default]:\n{describe_keys()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the DeepSpeed launcher
+    known, overrides = parser.parse_known_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if is_main_process() else logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # It warns that DeepSpeed's accumulation steps differ from its own, which the Trainer leaves unused.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    disable_progress_bar()  # of loading and saving; training has its own
+    try:
+        run = load_run_config(known.config, overrides)
+        prepare_process(use_deepspeed=run.deepspeed is not None)
+        return train(run)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:  # while the trainer was not there to save
+        return 130
+
+
+def train(run: RunConfig) -> int:
+    """Train, evaluate, export and report; returns the exit code."""
+    # DeepSpeed reads its environment when these import it, after prepare_process.
+    from modmoe.training.checkpoint import CheckpointError
+    from modmoe.training.pretraining import pretrain
+
+    try:
+        code = pretrain(run)
+    except CheckpointError as error:
+        return _fail(error, 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+def _fail(error: Exception, code: int) -> int:
+    if is_main_process():
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
