@@ -10,11 +10,10 @@ the configuration or the data; 130 and 143 interrupted by Ctrl-C or SIGTERM, aft
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
-
+import threads  # noqa: F401  (before torch)
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 

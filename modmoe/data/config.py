@@ -6,6 +6,7 @@ Plain dataclasses of the standard library, so that any configuration system can 
 import math
 import re
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, ClassVar
 
 from .embedded import EMBEDDED_DOMAINS
@@ -64,6 +65,8 @@ class SourceConfig:
             value = getattr(self, field_name)
             is_list = isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
             require(is_list, field_name, "a list of paths")
+        for field_name in ("embedded", "dataset", "config", "validation_split"):
+            require(isinstance(getattr(self, field_name), (str, NoneType)), field_name, "a string or None")
         given = [key for key in ("embedded", "dataset", "files") if getattr(self, key)]
         if len(given) != 1:
             raise ValueError(
@@ -79,7 +82,10 @@ class SourceConfig:
         if not self.files:
             require(not self.validation_files, "validation_files", "unset without files")
         require(is_number(self.weight) and 0 < self.weight < math.inf, "weight", "a finite number > 0")
-        require(bool(self.text_field), "text_field", "the name of a column")
+        for field_name, allowed in (("text_field", "the name of a column"), ("split", "the name of a split")):
+            value = getattr(self, field_name)
+            require(isinstance(value, str) and bool(value), field_name, allowed)
+        require(isinstance(self.streaming, bool), "streaming", "true or false")
         require(self.max_bytes is None or is_count(self.max_bytes), "max_bytes", "an integer > 0 or None")
         in_range = is_number(self.validation_fraction) and 0 <= self.validation_fraction < 1
         require(in_range, "validation_fraction", "in [0, 1)")
@@ -106,8 +112,8 @@ class TokenizerConfig:
                 f"tokenizer: give exactly one of name and vocab_size, got name={self.name!r}, "
                 f"vocab_size={self.vocab_size!r}"
             )
-        if self.name is not None and not self.name:
-            raise ValueError("tokenizer: name must be a hub name or a directory, got ''")
+        if self.name is not None and not (isinstance(self.name, str) and self.name):
+            raise ValueError(f"tokenizer: name must be a hub name or a directory, got {self.name!r}")
         if self.vocab_size is not None and not (is_count(self.vocab_size) and self.vocab_size >= MIN_VOCAB_SIZE):
             raise ValueError(
                 f"tokenizer: vocab_size must be an integer >= {MIN_VOCAB_SIZE} "

@@ -155,7 +155,9 @@ def _log_skipped(source: Source) -> None:
     skipped = sorted(source.reader.skipped)
     if skipped:
         listed = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        logger.warning("source %r: skipped %d that are not UTF-8 text: %s", source.config.name, len(skipped), listed)
+        logger.warning(
+            "source %r: skipped %d that are not readable UTF-8 text: %s", source.config.name, len(skipped), listed
+        )
 
 
 def _mixture(

@@ -47,6 +47,7 @@ class Source:
 
     Raises:
         FileNotFoundError: if a file, directory or pattern matches nothing.
+        ValueError: if a file is given for training and for validation.
         ImportError: if the source needs the `datasets` package and it is not installed.
     """
 
@@ -85,7 +86,7 @@ class Source:
             remedy = "" if whole else ", beside what is held out; add documents or set validation_fraction to 0"
             raise ValueError(
                 f"source {self.config.name!r}: no text to train on{remedy} "
-                f"(skipped as not UTF-8 text: {len(self.reader.skipped)})"
+                f"(skipped as not readable UTF-8 text: {len(self.reader.skipped)})"
             )
 
     def _hash_split(self, split: Split) -> Iterator[Document]:
@@ -115,10 +116,13 @@ def limit_bytes(documents: Iterable[Document], max_bytes: int | None) -> Iterato
 class FileReader:
     """Reads local files: JSON lines, parquet and plain text.
 
-    Files that are not UTF-8 text are skipped as a whole and listed in `skipped`. Texts are their own keys.
+    Files that are damaged or not UTF-8 text are skipped as a whole and listed in `skipped`. Texts are their own keys.
 
     Args:
         config: a source with `files`.
+
+    Raises:
+        ValueError: if a file is among both `files` and `validation_files`.
     """
 
     def __init__(self, config: SourceConfig) -> None:
@@ -127,8 +131,15 @@ class FileReader:
             "train": expand_paths(config.name, config.files),
             "validation": expand_paths(config.name, config.validation_files),
         }
+        train = {path.resolve() for path in self._files["train"]}
+        for path in self._files["validation"]:
+            if path.resolve() in train:
+                raise ValueError(
+                    f"source {config.name!r}: {path} is in both files and validation_files, so it would be trained on "
+                    "and validated on; remove it from one of them"
+                )
         self.own_validation = bool(config.validation_files)
-        self._is_text: dict[Path, bool] = {}
+        self._readable: dict[Path, bool] = {}
         self.skipped: set[str] = set()
 
     def fingerprint(self) -> list[object]:
@@ -142,22 +153,25 @@ class FileReader:
     def read(self, split: Split) -> Iterator[Document]:
         """Yield the documents, file by file in the given order."""
         for path in self._files[split]:
-            suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-            if suffix == ".parquet":
+            suffix = _suffix(path)
+            if not self._is_readable(path, suffix):
+                self.skipped.add(str(path))
+            elif suffix == ".parquet":
                 # Streamed, because otherwise datasets writes a copy of the file.
                 options = {"data_files": str(path), "split": "train", "streaming": True}
                 yield from _rows(_datasets().load_dataset("parquet", **options), self._field, path)
-                continue
-            if path not in self._is_text:
-                self._is_text[path] = _is_text_file(path)
-            if not self._is_text[path]:
-                self.skipped.add(str(path))
-                continue
-            with _open_text(path) as file:
-                if suffix in _JSON_LINES:
-                    yield from self._json_lines(file, path)
-                else:
-                    yield from (Document(piece, piece) for piece in cut_at_blank_lines(file, _PIECE_CHARS))
+            else:
+                with _open_text(path) as file:
+                    if suffix in _JSON_LINES:
+                        yield from self._json_lines(file, path)
+                    else:
+                        yield from (Document(piece, piece) for piece in cut_at_blank_lines(file, _PIECE_CHARS))
+
+    def _is_readable(self, path: Path, suffix: str) -> bool:
+        if path not in self._readable:
+            is_parquet = suffix == ".parquet"
+            self._readable[path] = _is_sound_parquet(path, self._field) if is_parquet else _is_text_file(path)
+        return self._readable[path]
 
     def _json_lines(self, file: TextIO, path: Path) -> Iterator[Document]:
         for number, line in enumerate(file, start=1):
@@ -299,13 +313,22 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
+def _suffix(path: Path) -> str:
+    """Return the suffix in lower case, that of the content where the file is gzipped."""
+    return Path(path.stem).suffix.lower() if _is_gzipped(path) else path.suffix.lower()
+
+
+def _is_gzipped(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _open_binary(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    return cast(BinaryIO, gzip.open(path, "rb")) if _is_gzipped(path) else path.open("rb")
 
 
 def _open_text(path: Path) -> TextIO:
-    # newline="\n" keeps carriage returns as they are.
-    return io.TextIOWrapper(_open_binary(path), encoding="utf-8", newline="\n")
+    # utf-8-sig drops the byte order mark that some editors write; newline="\n" keeps carriage returns as they are.
+    return io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig", newline="\n")
 
 
 def _is_text_file(path: Path) -> bool:
@@ -319,4 +342,19 @@ def _is_text_file(path: Path) -> bool:
         decoder.decode(b"", final=True)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error):
         return False
+    return True
+
+
+def _is_sound_parquet(path: Path, field: str) -> bool:
+    _datasets()  # brings pyarrow, or says what to install
+    import pyarrow
+    import pyarrow.parquet
+
+    # Opened here, so that a file that may not be read is an error and not skipped as damaged.
+    with path.open("rb") as file:
+        try:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=[field]):
+                batch.validate(full=True)
+        except (pyarrow.ArrowException, OSError):
+            return False
     return True

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,15 +36,21 @@ def load_tokenizer(config: TokenizerConfig, sources: Sequence[Source], cache_dir
 
     Raises:
         ValueError: if the tokenizer is a slow one or has no end-of-sequence token.
+        FileNotFoundError: if the tokenizer's name is a path and no directory is there.
     """
-    if config.vocab_size is None:
-        return _existing(config.name)
+    if config.name is not None:
+        return _existing(_checked_name(config.name))
+    assert config.vocab_size is not None  # TokenizerConfig holds one of the two
     parts = [[source.fingerprint, float(source.config.weight)] for source in sources]
     directory = cache_dir / stable_hash([_FORMAT, config.vocab_size, config.sample_bytes, parts])
-    if not directory.exists():
-        logger.info("training a tokenizer of %d tokens", config.vocab_size)
-        sample = _weighted_sample(sources, config.sample_bytes)
-        _publish(train_bpe(sample, config.vocab_size), directory)
+    if directory.exists():
+        try:
+            return _existing(str(directory))
+        except Exception as error:  # whatever the parsers of tokenizers and transformers stumble over
+            logger.warning("%s is damaged (%s: %s), making it again", directory, type(error).__name__, error)
+    logger.info("training a tokenizer of %d tokens", config.vocab_size)
+    sample = _weighted_sample(sources, config.sample_bytes)
+    _publish(train_bpe(sample, config.vocab_size), directory)
     return _existing(str(directory))
 
 
@@ -112,7 +119,21 @@ class DocumentEncoder:
         return np.append(ids[ids != self.eos_token_id], self.dtype.type(self.eos_token_id))
 
 
-def _existing(name: str | None) -> PreTrainedTokenizerFast:
+def _checked_name(name: str) -> str:
+    """Expand `~` and refuse paths that lead nowhere, which the hub would call malformed names."""
+    path = Path(name).expanduser()
+    # One separator is also what hub names have: then a parent directory that exists tells a path.
+    is_path = name.startswith((".", os.sep, "~")) or name.count(os.sep) > 1
+    is_path = is_path or (os.sep in name and path.parent.is_dir())
+    if is_path and not path.is_dir():
+        raise FileNotFoundError(
+            f"{name} is not a directory with a tokenizer and, being a path, not the name of one on the hub "
+            f"(looked from {Path.cwd()})"
+        )
+    return str(path) if is_path else name
+
+
+def _existing(name: str) -> PreTrainedTokenizerFast:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {name!r} has no fast version ({type(tokenizer).__name__}); choose one that has")
@@ -130,14 +151,21 @@ def _weighted_sample(sources: Sequence[Source], sample_bytes: int) -> Iterator[s
 
 
 def _publish(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Save into a directory that appears complete or not at all, whatever other processes do meanwhile."""
+    """Save into a directory that appears complete or not at all, whatever other processes do meanwhile.
+
+    Where the directory is there already, finished by another process or damaged, its files are replaced.
+    """
     temporary = directory.with_name(f".{directory.name}-{uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
         tokenizer.save_pretrained(temporary)
-        temporary.rename(directory)
-    except OSError:
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+            # File by file and at once, because other processes may be reading or replacing them with the same.
+            for file in temporary.iterdir():
+                file.replace(directory / file.name)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        # Renaming onto the finished directory of another process fails; its content is the same.
-        if not directory.exists():
-            raise

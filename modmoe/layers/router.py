@@ -4,7 +4,7 @@ Letters: N tokens, H hidden size, E experts, K experts per token, G router hidde
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -75,14 +75,23 @@ class Router(nn.Module):
             )
         return RouterOutput(logits, routing.top_k_weights, routing.top_k_index)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Keeps the selection bias in fp32: its steps are too small for a 16-bit number."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype.itemsize < 4:
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
 
 
-def _linear(hidden_states: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """The layer in the input's dtype, also when its weights are stored in a narrower one."""
-    bias = None if layer.bias is None else layer.bias.to(hidden_states.dtype)
-    return F.linear(hidden_states, layer.weight.to(hidden_states.dtype), bias)
+class _WideLinear(nn.Linear):
+    """Computes in the dtype of its input, also when its weights are stored in a narrower one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class LinearRouter(Router):
@@ -104,10 +113,10 @@ class MLPRouter(Router):
         self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options: Any
     ) -> None:
         super().__init__(router_hidden_size, num_experts, top_k, **options)
-        self.in_proj = nn.Linear(hidden_size, router_hidden_size)
+        self.in_proj = _WideLinear(hidden_size, router_hidden_size)
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = F.gelu(_linear(hidden_states, self.in_proj))
+        inner = F.gelu(self.in_proj(hidden_states))
         return F.linear(inner, self.weight.to(inner.dtype))
 
 
@@ -118,11 +127,11 @@ class GMMRouter(Router):
         self, hidden_size: int, router_hidden_size: int, num_experts: int, top_k: int, **options: Any
     ) -> None:
         super().__init__(router_hidden_size, num_experts, top_k, **options)
-        self.in_proj = nn.Linear(hidden_size, router_hidden_size, bias=False)
+        self.in_proj = _WideLinear(hidden_size, router_hidden_size, bias=False)
         self.log_temperature = nn.Parameter(torch.zeros(1))
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = F.normalize(_linear(hidden_states, self.in_proj), dim=-1)
+        inner = F.normalize(self.in_proj(hidden_states), dim=-1)
         centroids = F.normalize(self.weight.to(inner.dtype), dim=-1)
         return self.log_temperature.to(inner.dtype).exp() * F.linear(inner, centroids)
 

@@ -17,7 +17,7 @@ over an optimizer step.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 import torch.distributed as dist
@@ -82,7 +82,13 @@ def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Ten
     # The extra bin takes the sentinel index of tokens that are not routed.
     counts = logits.new_zeros(num_experts + 1)
     counts = counts.scatter_add(0, top_k_index.flatten(), torch.ones_like(top_k_index.flatten(), dtype=counts.dtype))
-    scalars = torch.stack([((g * log_g).sum(-1) * keep).sum(), (log_norm.square() * keep).sum(), keep.sum()])
+    scalars = torch.stack(
+        [
+            ((g * log_g.clamp_min(torch.finfo(g.dtype).min)).sum(-1) * keep).sum(),
+            (log_norm.square() * keep).sum(),
+            keep.sum(),
+        ]
+    )
     return torch.cat([keep @ g, counts[:-1], scalars])
 
 
@@ -114,8 +120,10 @@ def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[st
         elif kind == "switch":
             f = whole.assignments / whole.assignments.sum().clamp_min(1)
             values.append(len(p) * (sums.prob @ f))
-        else:
+        elif kind == "z":
             values.append(sums.z)
+        else:
+            raise ValueError(f"balance={kind!r} is not one of {get_args(BalanceLoss)}")
     return torch.stack(values)
 
 
@@ -123,7 +131,7 @@ class RouterLosses(NamedTuple):
     """The auxiliary loss of one forward pass."""
 
     aux_loss: torch.Tensor
-    """(): unscaled value over the reference tokens; carries the gradient of `contribution`'s normalisation 1."""
+    """(): unscaled value over the reference tokens; its gradient is that of `contribution` with weight=None."""
     parts: dict[str, torch.Tensor]
     """Detached value of each loss by name, over the reference tokens."""
     contribution: torch.Tensor

@@ -11,6 +11,9 @@ from transformers.modeling_rope_utils import RopeParameters
 
 # Keywords that `PreTrainedConfig` understands without declaring them as fields.
 _INHERITED_KEYWORDS = {
+    "auto_map",
+    "quantization_config",
+    "tokenizer_class",
     "attn_implementation",
     "experts_implementation",
     "model_type",
@@ -20,6 +23,27 @@ _INHERITED_KEYWORDS = {
     "torch_dtype",
     "rope_theta",
     "rope_scaling",
+}
+
+_POSITIVE = (1, 2**31)
+_FACTOR = (0.0, 1e6)
+# Field -> smallest and largest value.
+_RANGES: dict[str, tuple[float, float]] = {
+    "vocab_size": _POSITIVE,
+    "hidden_size": _POSITIVE,
+    "num_hidden_layers": _POSITIVE,
+    "num_attention_heads": _POSITIVE,
+    "intermediate_size": _POSITIVE,
+    "router_hidden_size": _POSITIVE,
+    "max_position_embeddings": _POSITIVE,
+    "num_shared_experts": (0, 2**31),
+    "sample_topk": (0, 2**31),
+    "attention_dropout": (0.0, 1.0),
+    "norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "selection_bias_update_rate": _FACTOR,
+    "router_aux_loss_coef": _FACTOR,
+    "router_z_loss_weight": _FACTOR,
 }
 
 
@@ -97,13 +121,6 @@ class ModMoEConfig(PreTrainedConfig):
         "rms_norm_eps": "norm_eps",
         "layer_norm_eps": "norm_eps",
     }
-    base_model_ep_plan: ClassVar[dict[str, str]] = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
-    }
-
     vocab_size: int = 32000
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -126,20 +143,20 @@ class ModMoEConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     max_position_embeddings: int = 4096
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = 1e-5
+    norm_eps: float | int = 1e-5
     router_type: Literal["mlp", "linear", "gmm"] = "mlp"
     router_hidden_size: int = 256
     norm_topk_prob: bool = False
     sample_topk: int = 0
     route_padding: bool = False
     use_selection_bias: bool = False
-    selection_bias_update_rate: float = 1e-3
+    selection_bias_update_rate: float | int = 1e-3
     router_aux_loss_type: Literal["mi", "concentration", "switch", "none"] = "mi"
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | int = 0.01
     router_aux_loss_reduction: Literal["mean", "sum"] = "mean"
-    router_z_loss_weight: float = 0.0
+    router_z_loss_weight: float | int = 0.0
     aux_scope: Literal["micro_step", "global_batch"] = "micro_step"
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     use_cache: bool = True
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
@@ -164,6 +181,11 @@ class ModMoEConfig(PreTrainedConfig):
     def _reject_unknown(cls, kwargs: dict[str, Any]) -> None:
         fields = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map)
         allowed = fields | _INHERITED_KEYWORDS
+        declared = kwargs.get("model_type", cls.model_type)
+        if declared != cls.model_type:
+            raise ValueError(
+                f"model_type={declared!r} is not {cls.model_type!r}: this is another kind of model's config"
+            )
         for name, value in kwargs.items():
             if name in allowed or name.startswith("_"):
                 continue
@@ -173,18 +195,15 @@ class ModMoEConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks of one field against another; run by `@strict` after construction."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "intermediate_size",
-            "router_hidden_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value} must be between {low} and {high}")
+        for name in ("norm_eps", "initializer_range", "head_dim", "num_key_value_heads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is outside the vocabulary 0..{self.vocab_size - 1}")
         assert self.num_key_value_heads is not None
         assert self.head_dim is not None
         if self.num_attention_heads % self.num_key_value_heads:
@@ -198,8 +217,6 @@ class ModMoEConfig(PreTrainedConfig):
             )
         for side in ("attn_experts", "experts"):
             self._validate_experts(f"num_{side}", f"num_{side}_per_tok")
-        if self.num_shared_experts < 0:
-            raise ValueError(f"num_shared_experts={self.num_shared_experts} must not be negative")
         if self.attention_type == "stickbreaking" and not self.is_causal:
             raise ValueError(
                 "is_causal=False contradicts attention_type='stickbreaking', which is causal by definition: "

@@ -1,5 +1,7 @@
 """Dense Llama models as points of the modular configuration: one attention expert, one FFN expert, no router."""
 
+import copy
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -39,7 +41,7 @@ def config_from_llama(config: LlamaConfig) -> ModMoEConfig:
         if getattr(config, name):
             raise ValueError(f"{name}=True has no counterpart in a modular block: only bias-free Llamas convert")
     return ModMoEConfig(
-        **{name: getattr(config, name) for name in _SAME_FIELDS},
+        **{name: copy.deepcopy(getattr(config, name)) for name in _SAME_FIELDS},
         num_attn_experts=1,
         num_experts=1,
         gated_ffn=True,
@@ -55,7 +57,7 @@ def state_dict_from_llama(state: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     for key, value in state.items():
         prefix, _, name = key.rpartition("self_attn.")
         if name in ("q_proj.weight", "o_proj.weight"):
-            native[f"{prefix}self_attn.experts.{name.removesuffix('.weight')}"] = value[None]
+            native[f"{prefix}self_attn.experts.{name}"] = value[None]
         elif key.endswith("mlp.gate_proj.weight"):
             up = state[key.replace("gate_proj", "up_proj")]
             native[key.replace("gate_proj.weight", "experts.gate_up_proj")] = torch.cat([value, up])[None]
@@ -70,5 +72,5 @@ def from_llama(model: LlamaForCausalLM) -> ModMoEForCausalLM:
     """A modular model with the weights and logits of a dense Llama."""
     converted = ModMoEForCausalLM(config_from_llama(model.config)).to(model.dtype)
     converted.load_state_dict(state_dict_from_llama(model.state_dict()))
-    converted.generation_config = model.generation_config
+    converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.eval()

@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from modmoe.layers.experts import AttentionExperts, GatedExperts, PlainExperts
+from modmoe.layers.experts import AttentionExperts, ExpertLinear, GatedExperts, GatedFFN, PlainExperts, PlainFFN
 from modmoe.layers.router import ROUTERS, Router, RouterOutput
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
 from modmoe.models.configuration_modmoe import ModMoEConfig
@@ -63,8 +63,8 @@ class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     `ModMoEModelOutputWithPast` and what follows.
 
     `loss` is cross entropy + `router_aux_loss_coef` * router losses: this forward's share of the step's loss.
-    `aux_loss` is the unscaled router loss over the tokens of this micro-step on all data-parallel ranks (or of the
-    whole step, with `router_statistics`), reduced over routers.
+    `aux_loss` is the unscaled router loss over the tokens of this micro-step, in training on all ranks (or of
+    the whole step, with `router_statistics`), reduced over routers.
 
     Args:
         cross_entropy: the first term of `loss`, detached.
@@ -112,20 +112,27 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None
     )
 
 
-def document_starts(position_ids: torch.Tensor) -> torch.Tensor:
+def document_starts(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
     """
     Index of the first token of each token's own document, from positions that restart in packed documents.
 
     Args:
-        position_ids: (B, T); a document begins wherever a position is not its predecessor's plus one.
+        position_ids: (B, T); a document begins wherever a position does not exceed that of the real token before it.
+        real: (B, T) bool, False for padding, whose positions mean nothing; None is all real.
 
     Returns:
         (B, T) int64.
     """
-    continues = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    index = torch.arange(1, position_ids.shape[1], device=position_ids.device)
-    starts = torch.where(continues, 0, index)
-    return nn.functional.pad(starts, (1, 0)).cummax(-1).values
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    if real is None:
+        before = index - 1
+    else:
+        last_real = torch.where(real, index, -1).cummax(-1).values
+        before = nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    begins = (before < 0) | (position_ids <= position_ids.gather(1, before.clamp(min=0)))
+    if real is not None:
+        begins &= real
+    return torch.where(begins, index, 0).cummax(-1).values
 
 
 class AttentionInputs(NamedTuple):
@@ -139,6 +146,8 @@ class AttentionInputs(NamedTuple):
     """What the attention interface of transformers made of the mask, softmax."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     """cos and sin of RoPE, softmax."""
+    position_ids: torch.Tensor | None = None
+    """(B, T) or (1, T), softmax."""
 
 
 class ModMoEAttention(nn.Module):
@@ -225,25 +234,17 @@ class ModMoEAttention(nn.Module):
         )
         dropout = self.config.attention_dropout if self.training else 0.0
         out, weights = attend(
-            self, queries, keys, values, inputs.softmax_mask, scaling=self.scaling, dropout=dropout, **kwargs
+            self,
+            queries,
+            keys,
+            values,
+            inputs.softmax_mask,
+            scaling=self.scaling,
+            dropout=dropout,
+            position_ids=inputs.position_ids,
+            **kwargs,
         )
         return out.transpose(1, 2), weights
-
-
-class SharedExpert(nn.Module):
-    """The FFN that every token passes through beside its routed experts."""
-
-    def __init__(self, config: ModMoEConfig) -> None:
-        super().__init__()
-        self.experts = _ffn_experts(config, 1, config.num_shared_experts * config.intermediate_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.experts.dense(hidden_states)
-
-
-def _ffn_experts(config: ModMoEConfig, num_experts: int, intermediate_size: int) -> GatedExperts | PlainExperts:
-    cls = GatedExperts if config.gated_ffn else PlainExperts
-    return cls(config, num_experts, intermediate_size)
 
 
 class ModMoEMLP(nn.Module):
@@ -252,9 +253,13 @@ class ModMoEMLP(nn.Module):
     def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
         super().__init__()
         num_experts, top_k = config.experts_at(layer_idx)
+        dense, pool = (GatedFFN, GatedExperts) if config.gated_ffn else (PlainFFN, PlainExperts)
+        self.config = config
         self.gate = _router(config, num_experts, top_k)
-        self.experts = _ffn_experts(config, num_experts, config.intermediate_size)
-        self.shared_expert = SharedExpert(config) if config.num_shared_experts else None
+        self.experts = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
+        self.shared_expert = None
+        if config.num_shared_experts:
+            self.shared_expert = dense(config, 1, config.num_shared_experts * config.intermediate_size)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -262,13 +267,18 @@ class ModMoEMLP(nn.Module):
         """(B, T, H) -> (B, T, H) and the router output, None in a dense layer."""
         flat = hidden_states.flatten(0, 1)
         if self.gate is None:
-            routing, output = None, self.experts.dense(flat)
+            routing, output = None, self.experts(flat)
         else:
             routing = self.gate(flat, token_mask)
-            output = self.experts(flat, routing.top_k_index, routing.top_k_weights)
+            output = self.experts(flat, self._known_index(routing.top_k_index), routing.top_k_weights)
         if self.shared_expert is not None:
             output = output + self.shared_expert(flat)
         return output.view_as(hidden_states), routing
+
+    def _known_index(self, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Other implementations than ours index weights with the id "none"; a gate of 0 makes any expert none."""
+        ours = self.config._experts_implementation in (None, "eager")
+        return top_k_index if ours else top_k_index.clamp(max=self.experts.num_experts - 1)
 
 
 class ModMoEDecoderLayer(GradientCheckpointingLayer):
@@ -305,7 +315,7 @@ class ModMoEDecoderLayer(GradientCheckpointingLayer):
 
 
 class ModMoEPreTrainedModel(PreTrainedModel):
-    """Initialisation and strict loading."""
+    """Initialisation, validation and strict loading."""
 
     config: ModMoEConfig
     base_model_prefix = "model"
@@ -322,8 +332,11 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         "hidden_states": ModMoEDecoderLayer,
         "attentions": OutputRecorder(ModMoEAttention, index=1),
     }
-    _head_keys = ("score.",)
-    """Prefixes of weights that a fine-tuning task adds, and that a base checkpoint may lack."""
+
+    def __init__(self, config: ModMoEConfig) -> None:
+        # Again, because fields may have been set since the config was made.
+        config.validate_architecture()
+        super().__init__(config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -358,7 +371,7 @@ class ModMoEPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.selection_bias)
             if hasattr(module, "log_temperature"):
                 init.zeros_(module.log_temperature)
-        elif isinstance(module, AttentionExperts | GatedExperts | PlainExperts):
+        elif isinstance(module, ExpertLinear | GatedFFN | PlainFFN):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, mean=0.0, std=std)
 
@@ -373,15 +386,19 @@ class ModMoEPreTrainedModel(PreTrainedModel):
             ValueError: damaged file, pickled weights, or weights that the config does not match.
         """
         where = pretrained_model_name_or_path
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors=False would read pickled weights, which can run code: leave it out")
         _refuse_pickles(where)
-        kwargs.setdefault("use_safetensors", True)
+        accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except SafetensorError as error:
             raise ValueError(
                 f"the weights in {where} are damaged or truncated ({error}): copy or save the checkpoint again"
             ) from error
-        model._check_coverage(where, info)
+        model._check_coverage(where, info, accept_mismatch)
         return (model, info) if output_loading_info else model
 
     def routed_pools(self) -> list[tuple[Router, nn.Module]]:
@@ -400,20 +417,24 @@ class ModMoEPreTrainedModel(PreTrainedModel):
             total -= sum(p.numel() // router.num_experts * idle for p in experts.parameters())
         return total
 
-    def _check_coverage(self, where: Any, info: dict[str, Any]) -> None:
-        missing = sorted(k for k in info["missing_keys"] if not k.startswith(self._head_keys))
-        if missing:
-            raise ValueError(
-                f"the weights in {where} do not match its config: {len(missing)} tensors are missing, such as "
-                f"{missing[0]}; use the config.json that was saved with these weights"
-            )
-        layers = ("model.layers.", "layers.")
-        unexpected = sorted(k for k in info["unexpected_keys"] if k.startswith(layers))
-        if unexpected:
-            raise ValueError(
-                f"the weights in {where} do not match its config: {len(unexpected)} tensors have no place in the "
-                f"model, such as {unexpected[0]}; use the config.json that was saved with these weights"
-            )
+    def _check_coverage(self, where: Any, info: dict[str, Any], accept_mismatch: bool) -> None:
+        """Every weight of the model is in the checkpoint and the other way round, heads of other tasks excepted."""
+        missing = sorted(k for k in info["missing_keys"] if not k.startswith("score.") and "selection_bias" not in k)
+        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(("lm_head.", "score.")))
+        mismatched = [] if accept_mismatch else sorted(info["mismatched_keys"])
+        if mismatched:
+            key, saved, built = mismatched[0]
+            what = f"{len(mismatched)} tensors have another shape, such as {key}: {tuple(saved)}, not {tuple(built)}"
+        elif missing:
+            what = f"{len(missing)} tensors are missing, such as {missing[0]}"
+        elif unexpected:
+            what = f"{len(unexpected)} tensors have no place in the model, such as {unexpected[0]}"
+        else:
+            return
+        raise ValueError(
+            f"the weights in {where} do not match the config: {what}; load them with the config.json that they were "
+            f"saved with, into the class that saved them (here: {type(self).__name__})"
+        )
 
 
 def _refuse_pickles(where: Any) -> None:
@@ -457,8 +478,8 @@ class ModMoEModel(ModMoEPreTrainedModel):
         Args:
             input_ids: (B, T) int64; or `inputs_embeds` (B, T, H).
             attention_mask: (B, S), 0 for padding on either side. Padding is not routed, attended or counted.
-            position_ids: (B, T). Where they do not go up by one a new document begins, which attention does not
-                cross (packing; only without a cache).
+            position_ids: (B, T). Where they do not increase a new document begins, which attention does not cross
+                (packing; only while the cache is empty).
             past_key_values: cache of the tokens before these.
             use_cache: whether to return a cache.
             output_router_logits: whether to return logits and choices of every router.
@@ -506,26 +527,40 @@ class ModMoEModel(ModMoEPreTrainedModel):
     ) -> AttentionInputs:
         batch, length = embeds.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
+        _check_context(self.config, attention_mask, batch, length, seen, cache)
+        starts = None
+        if position_ids is not None and seen == 0:
+            real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
+            starts = document_starts(position_ids.expand(batch, -1), real)
         if self.rotary_emb is None:
-            _check_stickbreaking_mask(attention_mask, batch, seen + length, cache)
-            return AttentionInputs(
-                key_mask=None if attention_mask is None else attention_mask.bool(),
-                document_start=None
-                if position_ids is None or cache is not None
-                else document_starts(position_ids.expand(batch, -1)),
-            )
+            return AttentionInputs(None if attention_mask is None else attention_mask.bool(), starts)
+        if position_ids is None:
+            position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
+            and_mask_function=None if starts is None or self._has_varlen_kernel() else _same_document(starts),
+        )
+        return AttentionInputs(
+            softmax_mask=mask,
+            position_embeddings=self.rotary_emb(embeds, position_ids=position_ids),
             position_ids=position_ids,
         )
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
-        return AttentionInputs(
-            softmax_mask=mask, position_embeddings=self.rotary_emb(embeds, position_ids=position_ids)
-        )
+
+    def _has_varlen_kernel(self) -> bool:
+        """Flash attention takes no mask of this kind, but finds documents in `position_ids` itself."""
+        return "flash" in self.config._attn_implementation
+
+
+def _same_document(starts: torch.Tensor) -> Callable:
+    """Mask function of transformers: a query sees the keys whose document starts where its own does."""
+
+    def same(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx]
+
+    return same
 
 
 def _present(tensors: Any) -> tuple[torch.Tensor, ...]:
@@ -542,18 +577,34 @@ def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids hold {wrong}, outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
 
 
-def _check_stickbreaking_mask(
-    attention_mask: torch.Tensor | None, batch: int, num_keys: int, cache: Cache | None
+def _check_context(
+    config: ModMoEConfig,
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    length: int,
+    seen: int | torch.Tensor,
+    cache: Cache | None,
 ) -> None:
+    if length == 0:
+        raise ValueError("input_ids hold no tokens (sequence length 0)")
     if cache is not None and cache.is_compileable:
+        if config.attention_type == "softmax":
+            return  # its width is the cache's, which holds more slots than tokens
         raise ValueError(
-            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused "
-            f"slots: use DynamicCache, not {type(cache).__name__}"
+            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "
+            f"use DynamicCache, not {type(cache).__name__}"
         )
-    if attention_mask is not None and attention_mask.shape != (batch, num_keys):
+    if not config.is_causal and seen:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; stick-breaking attention needs "
-            f"{(batch, num_keys)}: one entry for each of the {num_keys} tokens, cached ones included"
+            "a bidirectional model (is_causal=False) cannot continue from a cache: give all tokens at once"
+        )
+    if attention_mask is None or (attention_mask.ndim != 2 and config.attention_type == "softmax"):
+        return
+    wanted = (batch, seen + length)
+    if attention_mask.shape != wanted:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and must have {wanted}: one entry for each "
+            "token, cached ones included"
         )
 
 
@@ -595,12 +646,18 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
     def _router_losses(
         self,
         local: RouterStatistics,
-        labels: torch.Tensor | None,
+        targets: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         num_tokens_in_batch: torch.Tensor | int | None,
         step: RouterStatistics | None,
     ) -> RouterLosses:
         config = self.config
+        shared = num_items_in_batch is not None or num_tokens_in_batch is not None
+        if config.aux_scope == "global_batch" and self.training and shared and step is None:
+            raise ValueError(
+                "aux_scope='global_batch' needs router_statistics of the whole step: add up "
+                "model.router_statistics(...) over its micro-batches, or set aux_scope='micro_step'"
+            )
         world = dist.get_world_size() if self.training and dist.is_available() and dist.is_initialized() else 1
         reference = step or (local.all_reduce() if world > 1 else local.detach())
         weight: torch.Tensor | float | None = None
@@ -608,8 +665,8 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
             weight = None  # the reference already holds the tokens of the whole step
         elif num_tokens_in_batch is not None:
             weight = 1.0 / num_tokens_in_batch
-        elif num_items_in_batch is not None and labels is not None:
-            share = (labels != -100).sum() / num_items_in_batch
+        elif num_items_in_batch is not None and targets is not None:
+            share = (targets != -100).sum() / num_items_in_batch
             weight = share / local.num_tokens.clamp_min(1)
         elif world > 1:  # the caller averages losses over ranks, so each rank counts `world` times
             weight = world / reference.num_tokens.clamp_min(1)
@@ -713,7 +770,6 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_losses = labels is not None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -721,22 +777,25 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=with_losses or output_router_logits,
+            output_router_logits=labels is not None or output_router_logits,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = self._result(logits, outputs, output_router_logits)
-        if not with_losses:
+        if labels is None:
             return result
         loss = self.loss_function(
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
         )
+        targets = kwargs.get("shift_labels")
+        if targets is None:
+            targets = labels[..., 1:]
         self._add_losses(
             result,
             outputs,
             loss,
             attention_mask,
-            labels,
+            targets,
             num_items_in_batch,
             num_tokens_in_batch,
             router_statistics,
@@ -746,6 +805,9 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
 
 class ModMoEForSequenceClassification(_WithRouterLosses):
     """The model with a linear classifier on the last token that is not padding."""
+
+    # The loss is a mean over this batch; the Trainer divides it by the accumulation steps.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: ModMoEConfig) -> None:
         super().__init__(config)
@@ -786,13 +848,13 @@ class ModMoEForSequenceClassification(_WithRouterLosses):
             output_router_logits=labels is not None or output_router_logits,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state)
-        last = self._last_token(input_ids, attention_mask, logits.shape[:2])
-        pooled = logits[torch.arange(len(logits), device=logits.device), last]
+        hidden = outputs.last_hidden_state
+        last = self._last_token(input_ids, attention_mask, hidden.shape[:2])
+        pooled = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
         result = self._result(pooled, outputs, output_router_logits)
         if labels is None:
             return result
-        loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        loss = self.loss_function(logits=pooled, labels=labels, pooled_logits=pooled, config=self.config)
         self._add_losses(result, outputs, loss, attention_mask, None, None, num_tokens_in_batch, router_statistics)
         return result
 

@@ -67,6 +67,8 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     def to_native(self, **overrides: Any) -> ModMoEConfig:
         """The same model as a native configuration; `overrides` are native fields."""
+        if self.att_hidden % self.n_head:
+            raise ValueError(f"att_hidden={self.att_hidden} is not a multiple of n_head={self.n_head}")
         dropout = [n for n in ("resid_pdrop", "embd_pdrop", "moe_pdrop") if getattr(self, n)]
         if dropout:
             logger.warning(f"dropout of the ModuleFormer config is not supported and ignored: {', '.join(dropout)}")
@@ -105,6 +107,11 @@ class ModuleFormerConfig(PreTrainedConfig):
             "id2label": self.id2label,
             "label2id": self.label2id,
             "problem_type": self.problem_type,
+            "output_hidden_states": self.output_hidden_states,
+            "output_attentions": self.output_attentions,
+            "return_dict": self.return_dict,
+            "attn_implementation": self._attn_implementation,
+            "experts_implementation": self._experts_implementation,
         }
         return ModMoEConfig(**(fields | overrides))
 
@@ -138,8 +145,8 @@ class ModuleFormerConfig(PreTrainedConfig):
 CONVERTERS = [
     WeightConverter(old, new, [Transpose(1, 2)])
     for old, new in (
-        ("attn.q_proj.experts.weight", "self_attn.experts.q_proj"),
-        ("attn.q_proj.output_experts.weight", "self_attn.experts.o_proj"),
+        ("attn.q_proj.experts.weight", "self_attn.experts.q_proj.weight"),
+        ("attn.q_proj.output_experts.weight", "self_attn.experts.o_proj.weight"),
         ("mlpf.experts.weight", "mlp.experts.up_proj"),
         ("mlpf.output_experts.weight", "mlp.experts.down_proj"),
     )
@@ -150,10 +157,13 @@ class _FromModuleFormer(ModMoEPreTrainedModel):
     """Loads IBM's format, then becomes the native class of the same head."""
 
     # Buffers that IBM's forward never reads.
-    _keys_to_ignore_on_load_unexpected = [r"attn\.mask$", r"attn\.cum_weight$"]
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(mask|cum_weight)$"]
     _native: ClassVar[type[ModMoEPreTrainedModel]]
 
-    def __init__(self, config: ModMoEConfig) -> None:
+    def __init__(self, config: ModMoEConfig | ModuleFormerConfig) -> None:
+        if isinstance(config, ModuleFormerConfig):  # from_config, without weights
+            config = config.to_native()
+            self._weight_conversions: list = []
         super().__init__(config)
         if _identity_projections(config):
             self._keys_to_ignore_on_load_missing = [_PROJECTION]
@@ -181,13 +191,15 @@ class _FromModuleFormer(ModMoEPreTrainedModel):
         model._weight_conversions = None
         return loaded
 
-    def _check_coverage(self, where: Any, info: dict[str, Any]) -> None:
+    def _check_coverage(self, where: Any, info: dict[str, Any], accept_mismatch: bool) -> None:
         if _identity_projections(self.config):
             missing = [k for k in info["missing_keys"] if not re.search(_PROJECTION, k)]
             info = info | {"missing_keys": missing}
-        super()._check_coverage(where, info)
+        unread = [k for k in info["unexpected_keys"] if not re.search(_UNREAD_BUFFER, k)]
+        super()._check_coverage(where, info | {"unexpected_keys": unread}, accept_mismatch)
 
 
+_UNREAD_BUFFER = r"attn\.(mask|cum_weight)$"
 _PROJECTION = r"self_attn\.[kv]_proj\."
 
 

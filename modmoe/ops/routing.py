@@ -72,7 +72,8 @@ def route(
         index = _choose(probs, top_k, selection_bias, sample_top_k, generator)
     weights = probs.gather(1, index)
     if renormalize:
-        weights = weights / weights.sum(-1, keepdim=True)
+        # A selection bias can choose experts whose probabilities underflow.
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
     if token_mask is not None:
         weights = weights.masked_fill(~token_mask[:, None], 0.0)
         index = index.masked_fill(~token_mask[:, None], num_experts)

@@ -183,9 +183,6 @@ def build_model_config(fields: dict[str, Any]) -> ModMoEConfig:
     Raises:
         ValueError: for unknown fields and impossible values.
     """
-    floats = {name for name, field in ModMoEConfig.__dataclass_fields__.items() if field.type is float}
-    # The config is strict about types, but in a YAML file 1 is a fine way to write 1.0.
-    fields = {k: float(v) if k in floats and type(v) is int else v for k, v in fields.items()}
     try:
         return ModMoEConfig(**fields)
     except ValueError:

@@ -31,6 +31,11 @@ def test_weight_must_be_positive(weight):
         ({"validation_files": ["x"]}, "validation_files must be unset without files"),
         ({"files": "x.txt"}, "files must be a list of paths, got 'x.txt'"),
         ({"text_field": ""}, "text_field must be the name of a column, got ''"),
+        ({"text_field": 3}, "'a': text_field must be the name of a column, got 3"),
+        ({"streaming": "yes"}, "'a': streaming must be true or false, got 'yes'"),
+        ({"embedded": ["c"]}, r"'a': embedded must be a string or None, got \['c'\]"),
+        ({"embedded": None, "dataset": 1}, "'a': dataset must be a string or None, got 1"),
+        ({"embedded": None, "dataset": "x", "split": None}, "'a': split must be the name of a split, got None"),
         ({"name": "a/b"}, "source name must consist of .* got 'a/b'"),
     ],
 )
@@ -44,6 +49,7 @@ def test_bad_source_values(options, message):
     [
         ({}, "exactly one of name and vocab_size, got name=None, vocab_size=None"),
         ({"name": "gpt2", "vocab_size": 300}, "exactly one of name and vocab_size"),
+        ({"name": 3}, "name must be a hub name or a directory, got 3"),
         ({"vocab_size": 257}, "vocab_size must be an integer >= 258 .* got 257"),
         ({"vocab_size": 300, "sample_bytes": 0}, "sample_bytes must be an integer > 0, got 0"),
     ],

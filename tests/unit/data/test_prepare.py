@@ -87,7 +87,7 @@ def test_skipped_files_are_counted(tmp_path, caplog):
     (folder / "c.txt").write_bytes(b"\xff\xfe")
     with caplog.at_level(logging.WARNING):
         prepare([SourceConfig(name="mine", files=[str(folder)])], tmp_path / "cache")
-    assert "source 'mine': skipped 2 that are not UTF-8 text: " in caplog.text
+    assert "source 'mine': skipped 2 that are not readable UTF-8 text: " in caplog.text
     assert "b.bin" in caplog.text
 
 

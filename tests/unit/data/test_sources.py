@@ -73,6 +73,30 @@ def test_own_validation_files(tmp_path):
     assert texts_of(source, "validation") == texts[8:]
 
 
+def test_a_file_is_not_for_training_and_validation(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", make_texts(3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"source 'mine': b\.jsonl is in both files and validation_files, .* remove it"
+    ):
+        open_files(tmp_path, validation_files=["b.jsonl"])
+
+
+def test_suffixes_in_upper_case(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    write_jsonl(tmp_path / "A.JSONL", ["a"])
+    (tmp_path / "B.Json.GZ").write_bytes(gzip.compress(b'{"text": "b"}'))
+    datasets.Dataset.from_dict({"text": ["c"]}).to_parquet(tmp_path / "C.PARQUET")
+    assert texts_of(open_files(tmp_path, validation_fraction=0)) == ["a", "b", "c"]
+
+
+def test_byte_order_marks_are_dropped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("b", encoding="utf-8-sig")
+    assert texts_of(open_files(tmp_path, validation_fraction=0)) == ["a", "b"]
+
+
 def test_byte_limits(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["é" * 50] * 20)
     assert len(texts_of(open_files(path, validation_fraction=0, max_bytes=250))) == 3
@@ -94,6 +118,21 @@ def test_files_that_are_not_text_are_skipped_and_listed(tmp_path):
     assert texts_of(source) == ["good text", "fine"]
     names = {name.removeprefix(f"{tmp_path}/") for name in source.reader.skipped}
     assert names == {"b.bin", "c.txt", "d.jsonl", "e.txt.gz", "f.jsonl, line 1"}
+
+
+def test_damaged_parquet_files_are_skipped_and_listed(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [f"row {i} of a table" for i in range(2000)]
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "good.parquet")
+    sound = (tmp_path / "good.parquet").read_bytes()
+    (tmp_path / "junk.parquet").write_bytes(b"junk" * 50)
+    (tmp_path / "cut.parquet").write_bytes(sound[: len(sound) // 2])
+    (tmp_path / "page.parquet").write_bytes(sound[:1000] + b"\xff" * 2000 + sound[3000:])
+    source = open_files(tmp_path, validation_fraction=0)
+    assert texts_of(source) == rows
+    assert source.reader.skipped == {str(tmp_path / f"{name}.parquet") for name in ("junk", "cut", "page")}
+    with pytest.raises(ValueError, match=r"'mine': no text to train on \(skipped as not readable UTF-8 text: 1\)"):
+        texts_of(open_files(tmp_path / "junk.parquet", validation_fraction=0))
 
 
 def test_missing_file(tmp_path):

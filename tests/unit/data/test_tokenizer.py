@@ -78,6 +78,22 @@ def test_cache_hit_gives_the_same_tokenizer(tmp_path, monkeypatch):
     assert trained
 
 
+@pytest.mark.parametrize(("content", "reason"), [('{"version', "JSONDecodeError: "), ("{}", "KeyError: ")])
+def test_a_damaged_cached_tokenizer_is_made_again(tmp_path, caplog, content, reason):
+    source = Source(SourceConfig(name="a", files=[str(write_jsonl(tmp_path / "a.jsonl", make_texts(50)))]))
+    config = TokenizerConfig(vocab_size=280)
+    first = load_tokenizer(config, [source], tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/tokenizer.json")
+    sound = path.read_bytes()
+    path.write_text(content)
+    again = load_tokenizer(config, [source], tmp_path / "cache")
+    assert f"{path.parent} is damaged ({reason}" in caplog.text
+    assert "making it again" in caplog.text
+    assert path.read_bytes() == sound
+    assert again.backend_tokenizer.to_str() == first.backend_tokenizer.to_str()
+    assert list((tmp_path / "cache").iterdir()) == [path.parent]
+
+
 def test_the_first_of_two_processes_publishes(tmp_path, tokenizer):
     for _ in range(2):
         tokenizer_module._publish(tokenizer, tmp_path / "cache" / "key")
@@ -114,6 +130,23 @@ def test_a_saved_tokenizer_is_loaded_by_directory(tmp_path, tokenizer):
     loaded = load_tokenizer(TokenizerConfig(name=str(tmp_path)), [], tmp_path / "cache")
     assert loaded.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     assert AutoTokenizer.from_pretrained(tmp_path).decode(loaded("a b")["input_ids"]) == "a b"
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent", "~/absent/tokenizer", "some/absent/tokenizer", "runs/absent"])
+def test_a_path_without_a_tokenizer_is_not_taken_for_a_hub_name(tmp_path, monkeypatch, name):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=f"^{name} is not a directory with a tokenizer and, being a path, not "
+    ):
+        load_tokenizer(TokenizerConfig(name=name), [], tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_hub_names_are_not_taken_for_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert tokenizer_module._checked_name(name) == name
 
 
 def test_a_tokenizer_needs_an_end_token(tmp_path, tokenizer):

@@ -91,6 +91,12 @@ def test_reduction_over_routers():
         torch.testing.assert_close(result.parts["mi"], value)
 
 
+def test_an_unknown_balance_loss_is_named():
+    statistics = RouterStatistics.of([torch.randn(4, E)], [torch.zeros(4, 1).long()])
+    with pytest.raises(ValueError, match="balance='swtich' is not one of"):
+        router_losses(statistics, statistics, balance="swtich")
+
+
 def test_no_loss_is_zero():
     result = router_losses(*[RouterStatistics.of([torch.randn(4, E)], [torch.zeros(4, 1).long()])] * 2, balance="none")
     assert result.aux_loss == result.contribution == 0
@@ -189,9 +195,11 @@ def test_without_step_sizes_a_forward_is_its_own_step():
 
 def test_with_labels_counted_alone_the_share_of_labels_weighs():
     model, batches = exact(**LINEAR), micro_batches()
-    sizes = {"num_items_in_batch": sum((b["labels"] != -100).sum() for b in batches)}
-    total = sum((out := model(**b, **sizes)).loss - out.cross_entropy for b in batches)
-    torch.testing.assert_close(total, exact(**LINEAR)(**merged(batches)[0]).aux_loss)
+    sizes = {"num_items_in_batch": step_sizes(batches)["num_items_in_batch"]}
+    outputs = [model(**b, **sizes) for b in batches]
+    total = sum(out.loss - out.cross_entropy for out in outputs)
+    shares = [(b["labels"][:, 1:] != -100).sum() / sizes["num_items_in_batch"] for b in batches]
+    torch.testing.assert_close(total, sum(s * out.aux_loss for s, out in zip(shares, outputs, strict=True)))
 
 
 def _rank_step(rank: int, world: int, port: int, options: dict, with_sizes: bool, queue: mp.Queue) -> None:

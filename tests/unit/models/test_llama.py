@@ -61,7 +61,7 @@ def test_gradients_are_llamas():
     model(ids, labels=ids).loss.backward()
     ours = {k: v.grad for k, v in model.named_parameters()}
     q = llama.model.layers[1].self_attn.q_proj.weight.grad
-    torch.testing.assert_close(ours["model.layers.1.self_attn.experts.q_proj"][0], q, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours["model.layers.1.self_attn.experts.q_proj.weight"][0], q, rtol=1e-4, atol=1e-6)
     gate, up = ours["model.layers.1.mlp.experts.gate_up_proj"][0].chunk(2)
     torch.testing.assert_close(gate, llama.model.layers[1].mlp.gate_proj.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(up, llama.model.layers[1].mlp.up_proj.weight.grad, rtol=1e-4, atol=1e-6)

@@ -83,7 +83,7 @@ def test_ibm_saves_as_native_with_the_same_logits(ibm, tmp_path, ids, dtype, way
     assert saved["architectures"] == ["ModMoEForCausalLM"]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(model(ids).logits, reloaded(ids).logits)
-    assert "model.layers.0.self_attn.experts.q_proj" in load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.self_attn.experts.q_proj.weight" in load_file(tmp_path / "out" / "model.safetensors")
 
 
 def test_the_persistent_buffers_of_ibm_are_accepted(ibm):
@@ -119,7 +119,11 @@ def test_text_generation_pipeline(native):
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]").save_pretrained(native)
     generate = pipeline("text-generation", model=str(native))
     outputs = generate(["abc", "zy"], max_new_tokens=4, do_sample=False, batch_size=2)
-    assert all(o[0]["generated_text"] for o in outputs)
+    prompt = generate.tokenizer("abc", return_tensors="pt").input_ids
+    expected = generate.model.generate(prompt, max_new_tokens=4, do_sample=False)
+    new = generate.tokenizer.decode(expected[0, 3:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = outputs[0][0]["generated_text"]
+    assert text.replace(" ", "") == ("abc" + new).replace(" ", "")
 
 
 def test_damaged_weights(native):
@@ -138,15 +142,38 @@ def test_missing_directory(tmp_path):
 def test_config_that_does_not_match(native, layers, message):
     file = native / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": layers}))
-    with pytest.raises(ValueError, match=f"do not match its config.*{message}"):
+    with pytest.raises(ValueError, match=f"do not match the config.*{message}"):
         AutoModelForCausalLM.from_pretrained(native)
 
 
 def test_widths_that_do_not_match(native):
     file = native / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 25}))
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched|shape"):
+    with pytest.raises(
+        ValueError, match=r"another shape, such as model.layers.0.mlp.experts.down_proj: \(6, 32, 24\)"
+    ):
         AutoModelForCausalLM.from_pretrained(native)
+
+
+def test_keywords_are_validated_too(native):
+    with pytest.raises(Exception, match="num_experts_per_tok=99 in layer 0 must be between"):
+        ModMoEForCausalLM.from_pretrained(native, num_experts_per_tok=99)
+    with pytest.raises(ValueError, match="use_safetensors=False would read pickled weights"):
+        ModMoEForCausalLM.from_pretrained(native, use_safetensors=False)
+
+
+def test_selection_bias_can_be_switched_on_for_a_checkpoint_without(native):
+    model = ModMoEForCausalLM.from_pretrained(native, use_selection_bias=True)
+    assert not model.model.layers[0].mlp.gate.selection_bias.any()
+
+
+def test_ibm_honours_the_keywords_of_transformers(ibm, ids):
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' computes softmax attention"):
+        AutoModelForCausalLM.from_pretrained(ibm, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(ibm, experts_implementation="grouped_mm", route_padding=True)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config.route_padding
+    assert AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ibm))(ids).logits.shape == (3, 20, 97)
 
 
 def test_pickles_are_refused(native):
@@ -166,6 +193,7 @@ def convert(source: Path, target: Path) -> subprocess.CompletedProcess:
 def test_converter_reads_old_pickles(ibm, tmp_path, ids):
     expected = AutoModelForCausalLM.from_pretrained(ibm)(ids).logits
     torch.save(load_file(ibm / "model.safetensors"), ibm / "pytorch_model.bin")
+    torch.save({}, ibm / "training_args.bin")  # what else lies in such directories
     (ibm / "model.safetensors").unlink()
     result = convert(ibm, tmp_path / "out")
     assert result.returncode == 0, result.stderr

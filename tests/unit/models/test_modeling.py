@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modmoe import ModMoEConfig, ModMoEForSequenceClassification
-from modmoe.models.modeling_modmoe import document_starts
+from modmoe.models.modeling_modmoe import AttentionInputs, document_starts
 
 from .conftest import TINY, build
 
@@ -59,12 +59,21 @@ def test_continuing_from_a_cache_equals_one_pass(variant, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention_type", ["stickbreaking", "softmax"])
-def test_packed_documents_equal_separate_ones(ids, attention_type):
-    model = build(attention_type=attention_type).eval()
+@pytest.mark.parametrize("context", ["plain", "mask of ones", "empty cache"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_type": "softmax"}, {"attention_type": "softmax", "is_causal": False}],
+    ids=["stickbreaking", "softmax", "bidirectional"],
+)
+def test_packed_documents_equal_separate_ones(ids, changes, context):
+    model = build(**changes).eval()
     lengths = [7, 1, 12]
-    positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(3, -1)
-    packed = model(ids, position_ids=positions).logits
+    inputs = {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None].expand(3, -1)}
+    if context == "mask of ones":
+        inputs["attention_mask"] = torch.ones_like(ids)
+    elif context == "empty cache":
+        inputs["past_key_values"] = DynamicCache(config=model.config)
+    packed = model(ids, **inputs).logits
     separate = torch.cat([model(document).logits for document in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(packed, separate, **TOLERANCE)
 
@@ -72,6 +81,19 @@ def test_packed_documents_equal_separate_ones(ids, attention_type):
 def test_document_starts():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]])
     assert document_starts(positions).tolist() == [[0, 0, 0, 3, 3, 5], [0, 0, 0, 0, 0, 0]]
+    left = torch.tensor([[1, 1, 0, 1, 2, 3]])
+    assert document_starts(left, torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()).tolist() == [[0, 0, 2, 2, 2, 2]]
+
+
+@torch.no_grad()
+def test_a_hole_in_the_mask_is_no_boundary(ids):
+    model = build().eval()
+    mask = torch.ones_like(ids)
+    mask[:, 8] = 0
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    holed = model(ids, attention_mask=mask, position_ids=positions).logits[:, 9:]
+    without = model(torch.cat([ids[:, :8], ids[:, 9:]], dim=1)).logits[:, 8:]
+    torch.testing.assert_close(holed, without, **TOLERANCE)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -147,8 +169,13 @@ def test_selection_bias_moves_towards_idle_experts(ids):
     model = build(use_selection_bias=True, selection_bias_update_rate=0.5, num_experts_per_tok=1)
     out = model(ids, labels=ids)
     model.update_selection_bias(out.tokens_per_expert, out.attn_tokens_per_expert)
-    load, bias = out.tokens_per_expert[0], model.model.layers[0].mlp.gate.selection_bias
-    assert torch.equal(bias, 0.5 * (load.mean() - load).sign())
+    layer = model.model.layers[0]
+    for load, gate in (
+        (out.tokens_per_expert[0], layer.mlp.gate),
+        (out.attn_tokens_per_expert[0], layer.self_attn.gate),
+    ):
+        assert torch.equal(gate.selection_bias, 0.5 * (load.mean() - load).sign())
+    assert model.bfloat16().model.layers[0].mlp.gate.selection_bias.dtype == torch.float32
     with pytest.raises(ValueError, match="use_selection_bias=False"):
         build().update_selection_bias(out.tokens_per_expert, out.attn_tokens_per_expert)
 
@@ -174,6 +201,7 @@ def test_classifier_reads_the_last_real_token_on_both_sides(ids):
     left[:, 6:], right[:, :14] = ids[:1, 6:], ids[:1, 6:]
     for padded in (left, right):
         torch.testing.assert_close(model(padded, attention_mask=(padded != 0).long()).logits, alone, **TOLERANCE)
+        torch.testing.assert_close(model(padded).logits, alone, **TOLERANCE)  # by pad_token_id
     out = model(left, attention_mask=(left != 0).long(), labels=torch.tensor([2]))
     torch.testing.assert_close(out.loss, out.cross_entropy + config.router_aux_loss_coef * out.aux_loss)
 
@@ -183,9 +211,73 @@ def test_classifier_reads_the_last_real_token_on_both_sides(ids):
 @pytest.mark.parametrize("gated", [True, False])
 def test_experts_of_transformers_agree_with_ours(ids, implementation, gated):
     model = build(gated_ffn=gated, hidden_act="silu").eval()
-    ours = model(ids).logits
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    ours = model(ids, attention_mask=mask).logits
     model.set_experts_implementation(implementation)
-    torch.testing.assert_close(model(ids).logits, ours, **TOLERANCE)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, ours, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_experts": 1, "num_attn_experts": 1}, {"num_shared_experts": 1}], ids=str
+)
+def test_offloaded_weights_give_the_same_logits(ids, changes):
+    accelerate = pytest.importorskip("accelerate")
+    expected = build(**changes).eval()(ids).logits
+    model = accelerate.cpu_offload(build(**changes).eval(), execution_device="cpu")
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_settings_reach_the_layers(ids):
+    layer = build(attend_current=False).model.layers[0]
+    x = torch.randn(1, 1, 32)
+    assert not layer.self_attn(x, AttentionInputs())[0].any()  # a first token that sees nothing
+    assert build().model.layers[0].self_attn(x, AttentionInputs())[0].any()
+    model = build(attention_type="softmax", attention_dropout=0.5).train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    for std in (0.02, 0.3):
+        experts = build(initializer_range=std).model.layers[0].mlp.experts
+        assert experts.gate_up_proj.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("labels", ["causal", "class"])
+def test_the_trainer_accumulates_without_changing_the_scale(tmp_path, ids, labels):
+    """transformers' own Trainer: the step's gradient is the same for one batch of three and three of one."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    options = {"router_aux_loss_type": "none", "router_z_loss_weight": 1.0, "router_aux_loss_coef": 1.0}
+    norms = []
+    for batch, accumulation in ((3, 1), (1, 3)):
+        model = build(**options, pad_token_id=0)
+        if labels == "class":
+            torch.manual_seed(0)
+            model = ModMoEForSequenceClassification(model.config)
+        rows = [{"input_ids": row, "labels": row if labels == "causal" else torch.tensor(1)} for row in ids]
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=1e9,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_global_batch_without_statistics_is_an_error(ids):
+    model = build(aux_scope="global_batch").train()
+    with pytest.raises(ValueError, match="needs router_statistics of the whole step.*aux_scope='micro_step'"):
+        model(ids, labels=ids, num_items_in_batch=57)
+    model(ids, labels=ids)  # a forward that is its own step needs none
 
 
 def test_bad_inputs_are_named(ids):
@@ -198,5 +290,13 @@ def test_bad_inputs_are_named(ids):
         model()
     with pytest.raises(ValueError, match="DynamicCache, not StaticCache"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(ValueError, match="no tokens"):
+        model(ids[:, :0])
+    bidirectional = build(attention_type="softmax", is_causal=False).eval()
+    with pytest.raises(ValueError, match="bidirectional model .* cannot continue from a cache"):
+        bidirectional(ids, past_key_values=bidirectional(ids, use_cache=True).past_key_values)
+    softmax = build(attention_type="softmax").eval()
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 1\)"):
+        softmax(ids, attention_mask=torch.ones(3, 1))
     with pytest.raises(ValueError, match="attn_implementation='sdpa' computes softmax attention"):
         model.set_attn_implementation("sdpa")
