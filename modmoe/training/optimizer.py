@@ -1,6 +1,7 @@
 """The optimizer, its parameter groups and the learning-rate schedule."""
 
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -38,9 +39,24 @@ def _adamw(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimize
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizationConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps: int) -> LambdaLR:
-    """The schedule as a multiplier on each group's learning rate."""
-    return LambdaLR(optimizer, lambda step: lr_ratio(step, steps, config))
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps: int, max_minutes: float | None = None
+) -> LambdaLR:
+    """
+    The schedule as a multiplier on each group's learning rate.
+
+    With `max_minutes` it runs by the clock where the clock is ahead of the steps, so that a slow machine, which will
+    be stopped before its last step, still ends at the lowest rate.
+    """
+    start = time.monotonic()
+
+    def ratio(step: int) -> float:
+        spent = 0.0 if max_minutes is None else (time.monotonic() - start) / (60 * max_minutes)
+        # The warm-up goes by steps alone: it is there for the optimizer's moments.
+        ahead = round(min(spent, 1.0) * steps) if step >= config.warmup_steps else 0
+        return lr_ratio(max(step, ahead), steps, config)
+
+    return LambdaLR(optimizer, ratio)
 
 
 def lr_ratio(step: int, steps: int, config: OptimizationConfig) -> float:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modmoe.data import PreparedData, prepare_data
+from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE
 from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import (
@@ -113,7 +114,7 @@ def _zero_stage(section: dict[str, Any]) -> int:
     return section.get("zero_optimization", {}).get("stage", 0)
 
 
-def summary(run: RunConfig, model: PreTrainedModel, data: PreparedData, facts: dict[str, Any]) -> str:
+def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts: dict[str, Any]) -> str:
     """What is about to happen, in a few lines."""
     config = model.config
     total, active = parameter_counts(model)
@@ -135,15 +136,13 @@ def summary(run: RunConfig, model: PreTrainedModel, data: PreparedData, facts: d
     return "\n".join(f"{name:>9}: {text}" for name, text in lines.items())
 
 
-def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:
+def parameter_counts(model: ModMoEForCausalLM) -> tuple[int, int]:
     """Parameters in all, and those that one token uses."""
     total = sum(_size(p) for p in model.parameters())
     idle = 0
-    for module in model.modules():
-        gate = getattr(module, "gate", None)
-        if gate is not None:
-            experts = sum(_size(p) for p in module.experts.parameters())
-            idle += experts * (gate.num_experts - gate.top_k) // gate.num_experts
+    for router, experts in model.routed_pools():
+        pool = sum(_size(p) for p in experts.parameters())
+        idle += pool * (router.num_experts - router.top_k) // router.num_experts
     return total, total - idle
 
 

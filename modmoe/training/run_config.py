@@ -137,7 +137,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0)
     """Of the initial weights, the data order and everything else that is random."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Stop training after this wall-clock time, wherever the schedule is, and finish as usual."""
+    """Stop training after this wall-clock time and finish as usual; the learning rate falls in time for it."""
     overwrite_output: bool = False
     """Whether to delete another run that `output_dir` holds; refused otherwise."""
 

@@ -180,7 +180,9 @@ class ModMoETrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
             optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = build_scheduler(optimizer, self.run.optimization, num_training_steps)
+            self.lr_scheduler = build_scheduler(
+                optimizer, self.run.optimization, num_training_steps, self.run.max_minutes
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 

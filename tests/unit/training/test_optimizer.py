@@ -62,3 +62,18 @@ def test_the_first_step_uses_the_first_rate():
     optimizer = build_optimizer(model, config)
     build_scheduler(optimizer, config, 100)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.125)
+
+
+def test_the_schedule_follows_the_clock_when_that_is_ahead(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("modmoe.training.optimizer.time.monotonic", lambda: now[0])
+    config = OptimizationConfig(steps=100, learning_rate=1.0, schedule="linear", warmup_steps=0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, config, 100, max_minutes=1.0)
+    rates = []
+    for elapsed in (0.3, 0.6, 45.0, 60.0):  # seconds of the minute that a run of 100 steps may take
+        now[0] = 100.0 + elapsed
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == pytest.approx([0.99, 0.98, 0.25, 0.0])
