@@ -105,6 +105,7 @@ def _draw_expert_use(
             axis.set_title(f"{domain}: {_SIDE_TITLES[side]}", fontsize=9)
             axis.set_yticks(range(len(layers[side])), [str(layer) for layer in layers[side]])
             axis.set_ylabel("layer")
+            axis.set_xticks(range(0, wide, -(-wide // 16)))
             axis.set_xlabel("expert")
             figure.colorbar(image, ax=axis, label="load / even load")
     figure.savefig(path, dpi=120)
