@@ -72,10 +72,14 @@ def resolve_backend(op: str, explicit: str | None, available: tuple[str, ...]) -
     return name
 
 
+# Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "hpu", "mps") if torch.amp.is_autocast_available(d))
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which an op that takes `x` shall compute: autocast's where it is on, else its own."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 

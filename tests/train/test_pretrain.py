@@ -114,6 +114,7 @@ def pretrain(capsys, monkeypatch, workspace):
     """Call the script's main function; returns exit code and what it wrote to stderr."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script that is run
     spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
