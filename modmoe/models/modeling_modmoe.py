@@ -5,7 +5,6 @@ E experts, D head size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +17,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
@@ -34,52 +32,9 @@ from modmoe.layers.experts import AttentionExperts, ExpertLinear, GatedExperts, 
 from modmoe.layers.router import ROUTERS, Router, RouterOutput
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
 from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.models.context import AttentionInputs, check_context, check_token_ids, document_starts, same_document
+from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
 from modmoe.ops import dispatch_plan, stickbreaking_attention
-
-
-@dataclass
-class ModMoEModelOutputWithPast(MoeModelOutputWithPast):
-    """
-    Output of `ModMoEModel`; the fields of `MoeModelOutputWithPast` and what follows.
-
-    `attentions` are (B, heads, T, S) with heads key/value-major, then expert slot. Router tensors come one per layer
-    that has such a router, if asked for; `router_logits` (N, E) fp32 are those of the FFN routers.
-
-    Args:
-        attn_router_logits: of the attention routers, (N, E) fp32.
-        router_indices: choices of the FFN routers, (N, K) int64; E for a token that is not routed.
-        attn_router_indices: choices of the attention routers.
-    """
-
-    attn_router_logits: tuple[torch.Tensor, ...] | None = None
-    router_indices: tuple[torch.Tensor, ...] | None = None
-    attn_router_indices: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """
-    Output of the models with a head; the fields of `MoeCausalLMOutputWithPast`, the router tensors of
-    `ModMoEModelOutputWithPast` and what follows.
-
-    `loss` is cross entropy + `router_aux_loss_coef` * router losses: this forward's share of the step's loss.
-    `aux_loss` is the unscaled router loss over the tokens of this micro-step, in training on all ranks (or of
-    the whole step, with `router_statistics`), reduced over routers.
-
-    Args:
-        cross_entropy: the first term of `loss`, detached.
-        aux_losses: the losses that `aux_loss` is made of by name, detached.
-        tokens_per_expert: per FFN router (E,) fp32, how many local tokens chose each expert.
-        attn_tokens_per_expert: the same for attention routers.
-    """
-
-    attn_router_logits: tuple[torch.Tensor, ...] | None = None
-    router_indices: tuple[torch.Tensor, ...] | None = None
-    attn_router_indices: tuple[torch.Tensor, ...] | None = None
-    cross_entropy: torch.Tensor | None = None
-    aux_losses: dict[str, torch.Tensor] | None = None
-    tokens_per_expert: tuple[torch.Tensor, ...] | None = None
-    attn_tokens_per_expert: tuple[torch.Tensor, ...] | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -110,44 +65,6 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None
         sample_top_k=config.sample_topk,
         selection_bias=config.use_selection_bias,
     )
-
-
-def document_starts(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Index of the first token of each token's own document, from positions that restart in packed documents.
-
-    Args:
-        position_ids: (B, T); a document begins wherever a position does not exceed that of the real token before it.
-        real: (B, T) bool, False for padding, whose positions mean nothing; None is all real.
-
-    Returns:
-        (B, T) int64.
-    """
-    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
-    if real is None:
-        before = index - 1
-    else:
-        last_real = torch.where(real, index, -1).cummax(-1).values
-        before = nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
-    begins = (before < 0) | (position_ids <= position_ids.gather(1, before.clamp(min=0)))
-    if real is not None:
-        begins &= real
-    return torch.where(begins, index, 0).cummax(-1).values
-
-
-class AttentionInputs(NamedTuple):
-    """What every attention layer of one forward pass shares."""
-
-    key_mask: torch.Tensor | None = None
-    """(B, S) bool, stick-breaking: keys that exist."""
-    document_start: torch.Tensor | None = None
-    """(B, T) int64, stick-breaking: first key of the query's own document."""
-    softmax_mask: Any = None
-    """What the attention interface of transformers made of the mask, softmax."""
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    """cos and sin of RoPE, softmax."""
-    position_ids: torch.Tensor | None = None
-    """(B, T) or (1, T), softmax."""
 
 
 class ModMoEAttention(nn.Module):
@@ -487,7 +404,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            _check_token_ids(cast(torch.Tensor, input_ids), self.embed_tokens.num_embeddings)
+            check_token_ids(cast(torch.Tensor, input_ids), self.embed_tokens.num_embeddings)
             inputs_embeds = self.embed_tokens(input_ids)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
@@ -527,7 +444,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
     ) -> AttentionInputs:
         batch, length = embeds.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
-        _check_context(self.config, attention_mask, batch, length, seen, cache)
+        check_context(self.config, attention_mask, batch, length, seen, cache)
         starts = None
         if position_ids is not None and seen == 0:
             real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
@@ -541,7 +458,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=cache,
-            and_mask_function=None if starts is None or self._has_varlen_kernel() else _same_document(starts),
+            and_mask_function=None if starts is None or self._has_varlen_kernel() else same_document(starts),
         )
         return AttentionInputs(
             softmax_mask=mask,
@@ -554,58 +471,8 @@ class ModMoEModel(ModMoEPreTrainedModel):
         return "flash" in self.config._attn_implementation
 
 
-def _same_document(starts: torch.Tensor) -> Callable:
-    """Mask function of transformers: a query sees the keys whose document starts where its own does."""
-
-    def same(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
-        return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx]
-
-    return same
-
-
 def _present(tensors: Any) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in tensors if t is not None)
-
-
-def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """On the CPU, where looking is free; elsewhere the embedding's own device assertion stands."""
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
-        return
-    low, high = (int(x) for x in input_ids.aminmax())
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise ValueError(f"input_ids hold {wrong}, outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
-
-
-def _check_context(
-    config: ModMoEConfig,
-    attention_mask: torch.Tensor | None,
-    batch: int,
-    length: int,
-    seen: int | torch.Tensor,
-    cache: Cache | None,
-) -> None:
-    if length == 0:
-        raise ValueError("input_ids hold no tokens (sequence length 0)")
-    if cache is not None and cache.is_compileable:
-        if config.attention_type == "softmax":
-            return  # its width is the cache's, which holds more slots than tokens
-        raise ValueError(
-            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "
-            f"use DynamicCache, not {type(cache).__name__}"
-        )
-    if not config.is_causal and seen:
-        raise ValueError(
-            "a bidirectional model (is_causal=False) cannot continue from a cache: give all tokens at once"
-        )
-    if attention_mask is None or (attention_mask.ndim != 2 and config.attention_type == "softmax"):
-        return
-    wanted = (batch, seen + length)
-    if attention_mask.shape != wanted:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} and must have {wanted}: one entry for each "
-            "token, cached ones included"
-        )
 
 
 class _WithRouterLosses(ModMoEPreTrainedModel):

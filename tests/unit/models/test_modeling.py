@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from modmoe import ModMoEConfig, ModMoEForSequenceClassification
-from modmoe.models.modeling_modmoe import AttentionInputs, document_starts
+from modmoe.models.context import AttentionInputs, document_starts
 
 from .conftest import TINY, build
 

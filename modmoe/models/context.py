@@ -1,0 +1,101 @@
+"""What all layers of a forward pass share: which keys exist, where documents begin, and checks of the inputs.
+
+Letters: B batch, T new tokens, S keys (cached ones included).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from modmoe.models.configuration_modmoe import ModMoEConfig
+
+
+def document_starts(position_ids: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Index of the first token of each token's own document, from positions that restart in packed documents.
+
+    Args:
+        position_ids: (B, T); a document begins wherever a position does not exceed that of the real token before it.
+        real: (B, T) bool, False for padding, whose positions mean nothing; None is all real.
+
+    Returns:
+        (B, T) int64.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    if real is None:
+        before = index - 1
+    else:
+        last_real = torch.where(real, index, -1).cummax(-1).values
+        before = nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    begins = (before < 0) | (position_ids <= position_ids.gather(1, before.clamp(min=0)))
+    if real is not None:
+        begins &= real
+    return torch.where(begins, index, 0).cummax(-1).values
+
+
+class AttentionInputs(NamedTuple):
+    """What every attention layer of one forward pass shares."""
+
+    key_mask: torch.Tensor | None = None
+    """(B, S) bool, stick-breaking: keys that exist."""
+    document_start: torch.Tensor | None = None
+    """(B, T) int64, stick-breaking: first key of the query's own document."""
+    softmax_mask: Any = None
+    """What the attention interface of transformers made of the mask, softmax."""
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    """cos and sin of RoPE, softmax."""
+    position_ids: torch.Tensor | None = None
+    """(B, T) or (1, T), softmax."""
+
+
+def same_document(starts: torch.Tensor) -> Callable:
+    """Mask function of transformers: a query sees the keys whose document starts where its own does."""
+
+    def same(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx]
+
+    return same
+
+
+def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """On the CPU, where looking is free; elsewhere the embedding's own device assertion stands."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(f"input_ids hold {wrong}, outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
+
+
+def check_context(
+    config: ModMoEConfig,
+    attention_mask: torch.Tensor | None,
+    batch: int,
+    length: int,
+    seen: int | torch.Tensor,
+    cache: Cache | None,
+) -> None:
+    if length == 0:
+        raise ValueError("input_ids hold no tokens (sequence length 0)")
+    if cache is not None and cache.is_compileable:
+        if config.attention_type == "softmax":
+            return  # its width is the cache's, which holds more slots than tokens
+        raise ValueError(
+            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "
+            f"use DynamicCache, not {type(cache).__name__}"
+        )
+    if not config.is_causal and seen:
+        raise ValueError(
+            "a bidirectional model (is_causal=False) cannot continue from a cache: give all tokens at once"
+        )
+    if attention_mask is None or (attention_mask.ndim != 2 and config.attention_type == "softmax"):
+        return
+    wanted = (batch, seen + length)
+    if attention_mask.shape != wanted:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} and must have {wanted}: one entry for each "
+            "token, cached ones included"
+        )
