@@ -8,4 +8,4 @@ machine.
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
