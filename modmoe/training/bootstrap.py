@@ -39,7 +39,7 @@ def _keep_freed_memory() -> None:
     Have glibc reuse the memory of large tensors instead of returning it to the system after each use.
 
     Every step frees and allocates the same activations; returned memory comes back as one page fault every 4 kB, which
-    cost a third of the step time of the quickstart.
+    cost a tenth to a quarter of the step time of the quickstart.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
