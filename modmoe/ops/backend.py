@@ -2,12 +2,16 @@
 
 The first of these that is set wins: the op's ``backend`` argument, the innermost ``use_backend`` context,
 the environment variable ``MODMOE_BACKEND``, and else ``auto``.
+
+The choice takes two steps, because what can run is only known when the op runs and not when it is traced: the door of
+an op asks `requested_backend` which name is wished, and its implementation asks `choose_backend` what that means for
+the tensors at hand.
 """
 
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
@@ -19,19 +23,21 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "MODMOE_BACKEND"
 
 # Schemas are fragments of one namespace, so that a compiled library can add kernels for other devices to them.
 library = torch.library.Library("modmoe", "FRAGMENT")
 
 _context: list[str] = []
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the ops inside the ``with`` block on backend `name`, for this process and all its threads.
+
+    An op that has no implementation of that name runs as with ``auto``: one name is set for all of them.
 
     Args:
         name: one of `BACKENDS`.
@@ -46,30 +52,51 @@ def use_backend(name: str) -> Iterator[None]:
         _context.pop()
 
 
-def resolve_backend(op: str, explicit: str | None, available: tuple[str, ...]) -> str:
-    """Return the backend that `op` shall run on.
+def requested_backend(op: str, explicit: str | None, known: tuple[str, ...]) -> str:
+    """Return the name under which `op` shall run, one of `known` or ``auto``.
 
     Args:
         op: name of the op, for messages.
         explicit: the caller's own choice, or None.
-        available: what the op has for these inputs, best first; ``auto`` takes the first.
+        known: the implementations that `op` has.
 
     Raises:
-        ValueError: a name that is not in `BACKENDS`.
-        RuntimeError: a backend was asked for that `op` does not have for these inputs.
+        ValueError: a name that is not in `BACKENDS`, or an explicit one that is not in `known`.
     """
     if explicit is not None:
-        name = _check(explicit, f"{op}(backend=...)")
-    elif _context:
+        if _check(explicit, f"{op}(backend=...)") not in ("auto", *known):
+            raise ValueError(f"{op} has no backend {explicit!r}, it has {', '.join(known)}")
+        return explicit
+    if _context:
         name = _context[-1]
     else:
         name = _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
-    if name == "auto":
-        _announce(op, available[0])
-        return available[0]
-    if name not in available:
-        raise RuntimeError(f"{op} has no backend {name!r} for these inputs; it has {', '.join(available)}")
-    return name
+    return name if name in known else "auto"
+
+
+def choose_backend(op: str, name: str, problems: Mapping[str, Callable[[], str | None]]) -> str:
+    """Return the backend that `op` runs on for the tensors at hand.
+
+    Args:
+        op: name of the op, for messages.
+        name: from `requested_backend`.
+        problems: for each implementation, best first, a function that says why it cannot run here, or None.
+
+    Raises:
+        RuntimeError: the named backend cannot run here.
+    """
+    if name != "auto":
+        if problem := problems[name]():
+            raise RuntimeError(f"{op}: backend {name!r} cannot be used: {problem}")
+        return name
+    passed: list[str] = []
+    for candidate, find_problem in problems.items():
+        problem = find_problem()
+        if problem is None:
+            _announce(op, candidate, passed)
+            return candidate
+        passed.append(f"not {candidate!r}: {problem}")
+    raise RuntimeError(f"{op}: no backend can be used: {'; '.join(passed)}")
 
 
 # Asked once: torch 2.11 cannot trace the question.
@@ -104,7 +131,7 @@ def _check(name: str, where: str) -> str:
     return name
 
 
-def _announce(op: str, name: str) -> None:
-    if op not in _announced and not torch.compiler.is_compiling():
-        _announced.add(op)
-        logger.info("%s runs on backend %r (auto)", op, name)
+def _announce(op: str, name: str, passed: list[str]) -> None:
+    if (op, name) not in _announced:
+        _announced.add((op, name))
+        logger.info("%s runs on backend %r (auto%s)", op, name, "".join(f"; {reason}" for reason in passed))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .backend import autocast_dtype, library, resolve_backend, without_autocast
+from .backend import autocast_dtype, library, requested_backend, without_autocast
 from .routing import DispatchPlan
 
 LAYOUTS = ("token", "pair", "sorted")
@@ -58,7 +58,7 @@ def grouped_linear(
     x, weight = (t.to(autocast_dtype(t)) for t in (x, weight))
     _check(x, weight, plan, top_k, source, target, gates)
     arguments = (x, weight, plan.order, plan.inverse, plan.offsets, gates, top_k, source, target)
-    if resolve_backend("grouped_linear", backend, ("torch", "reference")) == "reference":
+    if requested_backend("grouped_linear", backend, ("torch", "reference")) == "reference":
         return reference.grouped_linear(*arguments)
     out: Tensor = torch.ops.modmoe.grouped_linear(*arguments)
     return out

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,11 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modmoe.ops import stickbreaking, stickbreaking_attention
+from modmoe.ops import stickbreaking_attention, stickbreaking_cpp, stickbreaking_torch, use_backend
 
 # (batch, query heads, key/value heads, queries, keys, head dim)
 SHAPES = [(1, 1, 1, 1, 1, 3), (2, 3, 3, 7, 7, 5), (2, 4, 2, 5, 9, 4), (1, 6, 2, 1, 6, 3)]
 NAMES = ("q", "k", "v")
+
+
+@pytest.fixture(params=["cpp", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on both."""
+    problem = stickbreaking_cpp.problem(torch.empty(0), torch.empty(0)) if request.param == "cpp" else None
+    if problem:
+        pytest.skip(problem)
+    with use_backend(request.param):
+        yield request.param
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -57,7 +68,8 @@ def loop(
 def gradients(out: Tensor, remainder: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(1)
     do, drem = torch.randn(out.shape).to(out.dtype), torch.randn(remainder.shape).to(remainder.dtype)
-    grads = torch.autograd.grad((out * do).sum() + (remainder * drem).sum(), leaves, materialize_grads=True)
+    loss = (out * do).sum() + (remainder * drem).sum()
+    grads = torch.autograd.grad(loss, leaves, materialize_grads=True, retain_graph=True)
     return dict(zip(NAMES, grads, strict=True))
 
 
@@ -77,26 +89,63 @@ def assert_same(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of few queries and heads, so that small inputs meet every boundary."""
-    monkeypatch.setattr(stickbreaking, "_CPU_ROWS", 3)
-    monkeypatch.setattr(stickbreaking, "_CPU_ELEMENTS", 32)
+    monkeypatch.setattr(stickbreaking_torch, "_CPU_ROWS", 3)
+    monkeypatch.setattr(stickbreaking_torch, "_CPU_ELEMENTS", 32)
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("masks", ["none", "key_mask", "document_start", "both"])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("attend_current", [True, False], ids=["current", "strict"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_a_loop(shape: tuple[int, ...], attend_current: bool, backend: str, masks: str) -> None:
+def test_against_a_loop(shape: tuple[int, ...], attend_current: bool, masks: str) -> None:
     leaves = make(shape)
     batch, _, _, num_queries, num_keys, _ = shape
     key_mask = torch.rand(batch, num_keys) > 0.3 if masks in ("key_mask", "both") else None
     start = torch.randint(0, num_keys + 1, (batch, num_queries)) if masks in ("document_start", "both") else None
     *expected, weights = loop(*leaves, attend_current, key_mask, start)
     options = {"attend_current": attend_current, "key_mask": key_mask, "document_start": start}
-    assert_same(stickbreaking_attention(*leaves, **options, backend=backend), tuple(expected), leaves, leaves)
-    _, remainder, actual_weights = stickbreaking_attention(*leaves, **options, return_weights=True)
+    assert_same(stickbreaking_attention(*leaves, **options), tuple(expected), leaves, leaves)
+    reference = stickbreaking_attention(*leaves, **options, return_weights=True, backend="reference")
+    assert_same(reference[:2], tuple(expected), leaves, leaves)
+    _, remainder, actual_weights = reference
     torch.testing.assert_close(actual_weights, weights)
     torch.testing.assert_close(actual_weights.sum(-1) + remainder, torch.ones_like(remainder))
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("attend_current", [True, False], ids=["current", "strict"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 150, 150, 17), (1, 6, 2, 37, 211, 64), (1, 3, 1, 2, 130, 40)], ids=str)
+def test_many_blocks_against_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, attend_current: bool, masks: bool, early_stop: bool
+) -> None:
+    leaves = make(shape, dtype)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    batch, _, _, num_queries, num_keys, _ = shape
+    options: dict[str, Any] = {"attend_current": attend_current, "early_stop": early_stop}
+    if masks:
+        options["key_mask"] = torch.rand(batch, num_keys) > 0.3
+        options["document_start"] = torch.randint(0, num_keys, (batch, num_queries)).cummax(1).values
+    actual = stickbreaking_attention(*leaves, **options)
+    expected = stickbreaking_attention(*doubles, **options, backend="reference")
+    tolerance = 1e-14 if dtype == torch.float64 else 2e-6
+    named = {"out": (actual[0], expected[0]), "remainder": (actual[1], expected[1])}
+    truth = gradients(*expected, doubles)
+    named |= {name: (grad, truth[name]) for name, grad in gradients(*actual, leaves).items()}
+    for name, (a, b) in named.items():
+        assert (a.double() - b).abs().max() <= tolerance * b.abs().max().clamp_min(1), name
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_early_stop_leaves_old_keys_unread(implementation: str, early_stop: bool) -> None:
+    """Keys past the stop may be anything, even not numbers."""
+    q, k, v = (x.detach() for x in make((1, 2, 1, 64, 512, 8), torch.float32))
+    k[:, :, :256] = v[:, :, :256] = math.nan
+    out, remainder = stickbreaking_attention(q, k, v, early_stop=early_stop)
+    unread = early_stop and implementation == "cpp"
+    assert bool(out.isfinite().all()) == unread
+    assert bool(remainder.isfinite().all()) == unread
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -201,18 +250,20 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest_tensor(length: int) -> int:
+def largest_tensor(length: int, implementation: ModuleType) -> int:
     q, k, v = make((2, 4, 2, length, length, 8), torch.float32)
+    rest = (q, k, v, None, None, 0.35, True, True)
     with LargestTensor() as mode:
         # The bare functions: inside the registered op the mode would not see anything.
-        stickbreaking._forward(q, k, v, None, None, 0.35, True)
-        stickbreaking._backward(torch.randn_like(q), torch.randn(q.shape[:3]), q, k, v, None, None, 0.35, True)
+        implementation.forward(*rest)
+        implementation.backward(torch.randn_like(q), torch.randn(q.shape[:3]), *rest)
     return mode.numel
 
 
-def test_memory_grows_linearly() -> None:
+def test_memory_grows_linearly(implementation: str) -> None:
+    module = {"cpp": stickbreaking_cpp, "torch": stickbreaking_torch}[implementation]
     with torch.no_grad():
-        sizes = {length: largest_tensor(length) for length in (512, 2048, 8192)}
+        sizes = {length: largest_tensor(length, module) for length in (512, 2048, 8192)}
     assert sizes[512] < 2 * 4 * 512 * 512 / 4
     assert sizes[8192] < 5 * sizes[2048]
 
@@ -280,11 +331,11 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_well_behaved_op(masked: bool, dtype: torch.dtype) -> None:
+def test_well_behaved_op(implementation: str, masked: bool, dtype: torch.dtype) -> None:
     q, k, v = make((2, 4, 2, 4, 6, 4), dtype)
     key_mask = torch.rand(2, 6) > 0.3 if masked else None
     start = torch.randint(0, 3, (2, 4)) if masked else None
-    options = (key_mask, start, 0.5, True)
+    options = (key_mask, start, 0.5, True, True, implementation)
     torch.library.opcheck(torch.ops.modmoe.stickbreaking_attention, (q, k, v, *options))
     out, remainder = torch.ops.modmoe.stickbreaking_attention(q, k, v, *options)
     torch.library.opcheck(

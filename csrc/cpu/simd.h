@@ -1,0 +1,90 @@
+// Vectors of the compiler's own kind (GCC and Clang), so that one source serves every instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace modmoe {
+
+// The widest vector registers that the target has.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// `Simd<float, 64>::V` holds 16 floats and `::I` 16 integers of the same size.
+template <typename T, int Bytes>
+struct Simd;
+
+template <int Bytes>
+struct Simd<float, Bytes> {
+  typedef float V __attribute__((vector_size(Bytes)));
+  typedef int32_t Int;
+  typedef int32_t I __attribute__((vector_size(Bytes)));
+  static constexpr int kLanes = Bytes / sizeof(float);
+  static constexpr int kMantissaBits = 23;
+  static constexpr int kExponentBias = 127;
+  static constexpr int kExpTerms = 7;           // Taylor: relative error 5e-9 for |x| <= ln(2) / 2
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  static constexpr float kLowest = -87.0f;      // exp of less would be subnormal
+};
+
+template <int Bytes>
+struct Simd<double, Bytes> {
+  typedef double V __attribute__((vector_size(Bytes)));
+  typedef int64_t Int;
+  typedef int64_t I __attribute__((vector_size(Bytes)));
+  static constexpr int kLanes = Bytes / sizeof(double);
+  static constexpr int kMantissaBits = 52;
+  static constexpr int kExponentBias = 1023;
+  static constexpr int kExpTerms = 13;
+  static constexpr double kRound = 6755399441055744.0;
+  static constexpr double kLowest = -708.0;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp(x) for x <= 0, at least exp(kLowest): 2^n * exp(f) with n an integer and |f| <= ln(2) / 2.
+template <typename T, int Bytes>
+inline typename Simd<T, Bytes>::V exp_nonpositive(typename Simd<T, Bytes>::V x) {
+  using S = Simd<T, Bytes>;
+  using V = typename S::V;
+  using I = typename S::I;
+  constexpr T kLog2e = T(1.44269504088896340736);
+  // ln(2) in two parts, the first short enough for n times it to be exact.
+  constexpr T kLn2High = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T kLn2Low = sizeof(T) == 4 ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+  const V lowest = V{} + S::kLowest;
+  x = x < lowest ? lowest : x;
+  const V shifted = x * kLog2e + S::kRound;
+  const V n = shifted - S::kRound;
+  const V f = (x - n * kLn2High) - n * kLn2Low;
+  V result = V{} + T(1);
+#pragma GCC unroll 16
+  for (int term = S::kExpTerms; term > 0; --term) result = result * (f * (T(1) / T(term))) + T(1);
+  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(V{} + S::kRound) + S::kExponentBias;
+  return result * bit_cast<V>(exponent << S::kMantissaBits);
+}
+
+// sigmoid(z) and 1 - sigmoid(z), each exact to rounding, also where the other is close to 1.
+template <typename T, int Bytes>
+inline void sigmoid(typename Simd<T, Bytes>::V z, typename Simd<T, Bytes>::V& beta, typename Simd<T, Bytes>::V& rest) {
+  using V = typename Simd<T, Bytes>::V;
+  const auto positive = z >= T(0);
+  const V e = exp_nonpositive<T, Bytes>(positive ? -z : z);
+  const V larger = T(1) / (T(1) + e);
+  const V smaller = e * larger;
+  beta = positive ? larger : smaller;
+  rest = positive ? smaller : larger;
+}
+
+}  // namespace modmoe

@@ -1,0 +1,324 @@
+// Stick-breaking attention on the CPU: forward and backward in tiles of rows, one thread per strip of tiles.
+//
+//   A_ij  = sigmoid(z_ij) prod_{j<l<=i} (1 - sigmoid(z_il)),   z = scale * q k^T
+//   out_i = sum_j A_ij v_j,   rem_i = prod_{l<=i} (1 - sigmoid(z_il))
+//   dz_ij = a_ij - sigmoid(z_ij) * (rem_i drem_i + sum_{l<=j} a_il),   a_ij = A_ij <dout_i, v_j>
+//
+// A row is a query of one head; all query heads that share a key/value head lie side by side, row = t * groups + g. In
+// a tile the rows are the lanes of vectors and the keys are walked one by one, newest first: the scan along keys, which
+// is what makes this attention slow elsewhere, is then one multiplication per vector and needs no shuffle.
+//
+// The file knows no torch. Letters: B batch, T queries, S keys, D head dim; tensors are given by pointer and strides.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+#include "tile_gemm.h"
+
+namespace modmoe {
+
+constexpr int kKeyBlock = 64;
+
+// A (B, heads, length, D) tensor whose last dimension is contiguous; strides count elements.
+template <typename T>
+struct Heads {
+  T* data;
+  int64_t batch_stride, head_stride, row_stride;
+
+  T* at(int64_t b, int64_t head, int64_t row = 0) const {
+    return data + b * batch_stride + head * head_stride + row * row_stride;
+  }
+};
+
+template <typename T>
+struct Attention {
+  int64_t batch, query_heads, kv_heads, queries, keys, dim;
+  Heads<const T> q, k, v;
+  const bool* key_mask;           // (B, S), or null: all keys
+  const int64_t* document_start;  // (B, T), or null: from key 0
+  T scale;
+  bool attend_current;
+  T stop_below;  // a tile whose sticks are all shorter reads no older keys; 0: read all
+
+  int64_t groups() const { return query_heads / kv_heads; }
+  int64_t rows() const { return queries * groups(); }
+  int64_t problems() const { return batch * kv_heads; }
+};
+
+// Up to `kRows` rows of one key/value head, and what each may see. `Wide` vectors of `Bytes` bytes hold the rows.
+template <typename T, int Bytes, int Wide>
+struct Tile {
+  using S = Simd<T, Bytes>;
+  using V = typename S::V;
+  using I = typename S::I;
+  static constexpr int kRows = Wide * S::kLanes;
+
+  const Attention<T>& p;
+  int64_t b, kv_head, row0;
+  int count;
+  I first[Wide], last[Wide];  // keys that each row may see; none (last = -1) in lanes without a row
+  int64_t oldest, newest;     // over all rows
+  int64_t clear_from, clear_to;  // keys that every row may see
+
+  Tile(const Attention<T>& problem, int64_t n, int64_t tile)
+      : p(problem), b(n / problem.kv_heads), kv_head(n % problem.kv_heads), row0(tile * kRows) {
+    count = int(std::min<int64_t>(kRows, p.rows() - row0));
+    oldest = clear_to = p.keys;
+    newest = -1, clear_from = 0;
+    for (int r = 0; r < kRows; ++r) {
+      int64_t from = 0, to = -1;
+      if (r < count) {
+        const int64_t t = query(r);
+        if (p.document_start) from = std::max<int64_t>(0, p.document_start[b * p.queries + t]);
+        to = p.keys - p.queries + t - !p.attend_current;
+        oldest = std::min(oldest, from), newest = std::max(newest, to);
+        clear_from = std::max(clear_from, from), clear_to = std::min(clear_to, to);
+      }
+      first[r / S::kLanes][r % S::kLanes] = from;
+      last[r / S::kLanes][r % S::kLanes] = to;
+    }
+  }
+
+  int64_t query(int r) const { return (row0 + r) / p.groups(); }
+  int64_t head(int r) const { return kv_head * p.groups() + (row0 + r) % p.groups(); }
+  bool sees_all(int64_t from, int64_t to) const { return clear_from <= from && to - 1 <= clear_to; }
+
+  Left<T, false> keys(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
+  Left<T, false> values(int64_t from) const { return {p.v.at(b, kv_head, from), p.v.row_stride}; }
+  Left<T, true> keys_by_dim(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
+  Left<T, true> values_by_dim(int64_t from) const { return {p.v.at(b, kv_head, from), p.v.row_stride}; }
+
+  // (rows, D) -> columns (D, rows): the lanes are rows. Lanes without a row are left alone.
+  void load_columns(const Heads<const T>& x, T factor, V* columns) const {
+    for (int r = 0; r < count; ++r) {
+      const T* row = x.at(b, head(r), query(r));
+      for (int64_t d = 0; d < p.dim; ++d) columns[d * Wide + r / S::kLanes][r % S::kLanes] = row[d] * factor;
+    }
+  }
+
+  void store_columns(const V* columns, T factor, const Heads<T>& x) const {
+    for (int r = 0; r < count; ++r) {
+      T* row = x.at(b, head(r), query(r));
+      for (int64_t d = 0; d < p.dim; ++d) row[d] = columns[d * Wide + r / S::kLanes][r % S::kLanes] * factor;
+    }
+  }
+
+  // (rows, D) -> (rows, dim_vectors): the lanes are dimensions.
+  void load_rows(const Heads<const T>& x, T factor, V* rows, int dim_vectors) const {
+    for (int r = 0; r < count; ++r) {
+      const T* row = x.at(b, head(r), query(r));
+      for (int64_t d = 0; d < p.dim; ++d) rows[r * dim_vectors + d / S::kLanes][d % S::kLanes] = row[d] * factor;
+    }
+  }
+
+  T& remainder(T* all, int r) const { return all[(b * p.query_heads + head(r)) * p.queries + query(r)]; }
+
+  void start_sticks(V* stick) const {
+    for (int r = 0; r < kRows; ++r) stick[r / S::kLanes][r % S::kLanes] = r < count ? 1 : 0;
+  }
+
+  // True if no key before `from` can still matter.
+  bool used_up(const V* stick, int64_t from) const {
+    bool done = true;
+    for (int r = 0; r < count; ++r)
+      done &= stick[r / S::kLanes][r % S::kLanes] < p.stop_below || first[r / S::kLanes][r % S::kLanes] >= from;
+    return done;
+  }
+
+  // Break the sticks at keys [from, to), newest first. In: z, (to - from, rows). Out: weights, over z; and, if not
+  // null, the sigmoids.
+  void break_sticks(V* z, V* sigmoids, V* stick, int64_t from, int64_t to) const {
+    if (sees_all(from, to))
+      break_sticks<false>(z, sigmoids, stick, from, to);
+    else
+      break_sticks<true>(z, sigmoids, stick, from, to);
+  }
+
+  template <bool Ragged>
+  void break_sticks(V* z, V* sigmoids, V* stick, int64_t from, int64_t to) const {
+    const bool* mask = p.key_mask ? p.key_mask + b * p.keys : nullptr;
+    for (int64_t j = to - 1; j >= from; --j) {
+      V* row = z + (j - from) * Wide;
+      const bool hidden = mask && !mask[j];
+      for (int w = 0; w < Wide; ++w) {
+        V beta{}, rest = V{} + T(1);
+        if (!hidden) {
+          sigmoid<T, Bytes>(row[w], beta, rest);
+          if (Ragged) {
+            const I key = I{} + typename S::Int(j);
+            const I visible = (first[w] <= key) & (key <= last[w]);
+            beta = visible ? beta : V{};
+            rest = visible ? rest : V{} + T(1);
+          }
+        }
+        row[w] = beta * stick[w];
+        if (sigmoids) sigmoids[(j - from) * Wide + w] = beta;
+        stick[w] *= rest;
+      }
+    }
+  }
+};
+
+// Rows that one tile holds: few where there are few, as in decoding, so that lanes are not wasted.
+template <typename T, class Run>
+void with_tile_size(int64_t rows, Run run) {
+  if (rows * sizeof(T) <= 16)
+    run(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{});
+  else if (rows * sizeof(T) <= kVectorBytes)
+    run(std::integral_constant<int, kVectorBytes>{}, std::integral_constant<int, 1>{});
+  else
+    run(std::integral_constant<int, kVectorBytes>{}, std::integral_constant<int, 2>{});
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class TileType, typename T>
+void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
+  using V = typename TileType::V;
+  constexpr int kWide = TileType::kRows / TileType::S::kLanes;
+  const Attention<T>& p = tile.p;
+  thread_local std::vector<V> memory;
+  memory.assign((2 * p.dim + kKeyBlock) * kWide, V{});
+  V* const queries = memory.data();
+  V* const sum = queries + p.dim * kWide;
+  V* const z = sum + p.dim * kWide;
+  V stick[kWide];
+  tile.load_columns(p.q, p.scale, queries);
+  tile.start_sticks(stick);
+  for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
+    from = std::max(tile.oldest, to - kKeyBlock);
+    const int block = int(to - from);
+    gemm(tile.keys(from), queries, kWide, z, kWide, block, kWide, p.dim, false);
+    tile.break_sticks(z, static_cast<V*>(nullptr), stick, from, to);
+    gemm(tile.values_by_dim(from), z, kWide, sum, kWide, int(p.dim), kWide, block, true);
+    if (tile.used_up(stick, from)) break;
+  }
+  tile.store_columns(sum, 1, out);
+  for (int r = 0; r < tile.count; ++r)
+    tile.remainder(remainder, r) = stick[r / TileType::S::kLanes][r % TileType::S::kLanes];
+}
+
+// `parallel(n, f)` calls f(0) ... f(n - 1), on at most n threads.
+template <typename T, class Parallel>
+void forward(const Attention<T>& p, const Heads<T>& out, T* remainder, int threads, Parallel parallel) {
+  with_tile_size<T>(p.rows(), [&](auto bytes, auto wide) {
+    using TileType = Tile<T, bytes(), wide()>;
+    const int64_t units = p.problems() * divide_up(p.rows(), TileType::kRows);
+    // Later rows see more keys: strips take every threads-th tile, so that all have the same work.
+    parallel(threads, [&](int64_t strip) {
+      for (int64_t unit = strip; unit < units; unit += threads)
+        forward_tile(TileType(p, unit % p.problems(), unit / p.problems()), out, remainder);
+    });
+  });
+}
+
+template <typename T>
+struct Gradients {
+  Heads<const T> dout;
+  const T* drem;  // (B, Hq, T)
+  Heads<T> dq;    // (B, Hq, T, D)
+  T* dk;          // (B, Hkv, S, D)
+  T* dv;
+};
+
+// Adds to dk and dv, both (S, dim_vectors) with dimensions in the lanes, and writes dq.
+template <class TileType, typename T>
+void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileType::V* dk, typename TileType::V* dv,
+                   int dim_vectors) {
+  using V = typename TileType::V;
+  constexpr int kWide = TileType::kRows / TileType::S::kLanes;
+  constexpr int kRows = TileType::kRows;
+  constexpr int kLanes = TileType::S::kLanes;
+  const Attention<T>& p = tile.p;
+  const int64_t span = std::max<int64_t>(0, tile.newest + 1 - tile.oldest);
+  thread_local std::vector<V> memory, rows;
+  memory.assign((3 * p.dim + kKeyBlock) * kWide, V{});
+  rows.assign(2 * kRows * dim_vectors, V{});
+  V* const columns = memory.data();  // queries, then the gradient of the output
+  V* const dq = columns + p.dim * kWide;
+  V* const dweights = dq + p.dim * kWide;
+  V* const query_rows = rows.data();
+  V* const dout_rows = query_rows + kRows * dim_vectors;
+  // Weights and sigmoids of all keys that are read: the weights need the sticks from the right, their gradient sums
+  // from the left, and neither may be derived as a total minus the other (it cancels where sigmoids saturate).
+  thread_local std::vector<V> weights, sigmoids;
+  if (int64_t(weights.size()) < span * kWide) weights.resize(span * kWide), sigmoids.resize(span * kWide);
+
+  tile.load_columns(p.q, p.scale, columns);
+  tile.load_rows(p.q, p.scale, query_rows, dim_vectors);
+  tile.load_rows(g.dout, 1, dout_rows, dim_vectors);
+  V stick[kWide];
+  tile.start_sticks(stick);
+  int64_t stop = tile.oldest;
+  for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
+    from = std::max(tile.oldest, to - kKeyBlock);
+    V* const z = weights.data() + (from - tile.oldest) * kWide;
+    gemm(tile.keys(from), columns, kWide, z, kWide, int(to - from), kWide, p.dim, false);
+    tile.break_sticks(z, sigmoids.data() + (from - tile.oldest) * kWide, stick, from, to);
+    if (tile.used_up(stick, from)) {
+      stop = from;
+      break;
+    }
+  }
+
+  V taken[kWide];  // rem drem + sum of a over the keys so far
+  for (int r = 0; r < kRows; ++r)
+    taken[r / kLanes][r % kLanes] = r < tile.count ? stick[r / kLanes][r % kLanes] * tile.remainder(const_cast<T*>(g.drem), r) : 0;
+  tile.load_columns(g.dout, 1, columns);
+  for (int64_t from = stop, to; from <= tile.newest; from = to) {
+    to = std::min(tile.newest + 1, from + kKeyBlock);
+    const int block = int(to - from);
+    V* const w = weights.data() + (from - tile.oldest) * kWide;
+    const V* const beta = sigmoids.data() + (from - tile.oldest) * kWide;
+    const Left<T, false> weight_rows{reinterpret_cast<const T*>(w), kRows};
+    gemm(tile.values(from), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
+    gemm(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    for (int i = 0; i < block * kWide; ++i) {
+      const V a = w[i] * dweights[i];
+      taken[i % kWide] += a;
+      w[i] = a - beta[i] * taken[i % kWide];  // from here on the gradient of z
+    }
+    gemm(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    gemm(tile.keys_by_dim(from), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
+  }
+  tile.store_columns(dq, p.scale, g.dq);
+}
+
+template <typename T, class Parallel>
+void backward(const Attention<T>& p, const Gradients<T>& g, int threads, Parallel parallel) {
+  with_tile_size<T>(p.rows(), [&](auto bytes, auto wide) {
+    using TileType = Tile<T, bytes(), wide()>;
+    using V = typename TileType::V;
+    constexpr int kLanes = TileType::S::kLanes;
+    const int dim_vectors = int(divide_up(p.dim, kLanes));
+    const int64_t tiles = divide_up(p.rows(), TileType::kRows), size = p.keys * dim_vectors;
+    // All tiles of a problem add to the same dk and dv. Where there are fewer problems than threads, each is split in
+    // strips with sums of their own, added in order afterwards: the same bits for the same number of threads.
+    const int64_t strips = std::min(tiles, divide_up(threads, p.problems()));
+    std::vector<V> sums(2 * p.problems() * strips * size);
+    parallel(p.problems() * strips, [&](int64_t unit) {
+      const int64_t n = unit / strips;
+      V* const dk = sums.data() + 2 * unit * size;
+      for (int64_t i = unit % strips; i < tiles; i += strips)
+        backward_tile(TileType(p, n, i), g, dk, dk + size, dim_vectors);
+    });
+    parallel(p.problems(), [&](int64_t n) {
+      const V* const first = sums.data() + 2 * n * strips * size;
+      for (int64_t j = 0; j < p.keys; ++j)
+        for (int64_t d = 0; d < p.dim; ++d) {
+          T dk = 0, dv = 0;
+          for (int64_t s = 0; s < strips; ++s) {
+            const V* const sum = first + 2 * s * size + j * dim_vectors + d / kLanes;
+            dk += sum[0][d % kLanes], dv += sum[size][d % kLanes];
+          }
+          g.dk[(n * p.keys + j) * p.dim + d] = dk;
+          g.dv[(n * p.keys + j) * p.dim + d] = dv;
+        }
+    });
+  });
+}
+
+}  // namespace modmoe
