@@ -1,7 +1,8 @@
 """Modular sparse mixture-of-experts language models.
 
 Importing this package registers its model types with the Auto classes of transformers: `modmoe`, and IBM's
-`moduleformer`, which loads as `modmoe`.
+`moduleformer`, which loads as `modmoe`. It also registers our ops as implementations of attention and experts for
+other models (docs/interfaces.md).
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

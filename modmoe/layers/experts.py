@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear
+from modmoe.ops import DispatchPlan, grouped_linear
 
 
 class ExpertLinear(nn.Module):
@@ -77,23 +77,21 @@ class _FFN(nn.Module):
         """
         (N, H), (N, K), (N, K) -> (N, H): gate-weighted sum over the chosen experts; index E means none.
 
-        Without choices (a dense layer) every token goes through expert 0.
+        One expert after another: what `experts_implementation="eager"` runs, and what the others must equal. Without
+        choices (a dense layer) every token goes through expert 0.
         """
         up_proj = getattr(self, self.up_name)
-        if top_k_index is None:
-            return F.linear(self.activate(F.linear(hidden_states, up_proj.squeeze(0))), self.down_proj.squeeze(0))
-        plan = dispatch_plan(top_k_index, self.num_experts)
-        top_k = top_k_index.shape[-1]
-        up = grouped_linear(hidden_states, up_proj, plan, top_k=top_k, source="token", target="sorted")
-        return grouped_linear(
-            self.activate(up),
-            self.down_proj,
-            plan,
-            top_k=top_k,
-            source="sorted",
-            target="token",
-            gates=top_k_weights,
-        )
+        if top_k_index is None or top_k_weights is None:
+            return self._transform(hidden_states, up_proj.squeeze(0), self.down_proj.squeeze(0))
+        output = torch.zeros_like(hidden_states)
+        for expert, weights in enumerate(zip(up_proj.unbind(), self.down_proj.unbind(), strict=True)):
+            token, slot = torch.where(top_k_index == expert)
+            rows = self._transform(hidden_states[token], *weights) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, rows.to(output.dtype))
+        return output
+
+    def _transform(self, rows: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.activate(F.linear(rows, up_proj)), down_proj)
 
 
 class GatedFFN(_FFN):

@@ -193,6 +193,24 @@ class ModMoEConfig(PreTrainedConfig):
             hint = f"did you mean {' or '.join(near)}?" if near else f"known fields: {', '.join(sorted(fields))}"
             raise ValueError(f"unknown field {name}={value!r} in {cls.__name__}; {hint}")
 
+    @property
+    def output_attentions(self) -> bool | None:
+        """Whether models return attention weights."""
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        # The base class wants attn_implementation="eager" for it; stick-breaking attention returns weights as it is.
+        if self.attention_type == "stickbreaking":
+            self._output_attentions = value
+        else:
+            PreTrainedConfig.output_attentions.fset(self, value)
+
+    def validate_output_attentions(self) -> None:
+        """Part of `@strict`; see `output_attentions`."""
+        if self.attention_type != "stickbreaking":
+            super().validate_output_attentions()
+
     def validate_architecture(self) -> None:
         """Checks of one field against another; run by `@strict` after construction."""
         for name, (low, high) in _RANGES.items():

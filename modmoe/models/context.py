@@ -1,6 +1,6 @@
 """What all layers of a forward pass share: which keys exist, where documents begin, and checks of the inputs.
 
-Letters: B batch, T new tokens, S keys (cached ones included).
+Letters: B batch, T new tokens, S keys (cached ones included), H hidden size.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
+from modmoe.layers.stickbreaking import StickbreakingMask
 from modmoe.models.configuration_modmoe import ModMoEConfig
 
 
@@ -39,16 +41,84 @@ def document_starts(position_ids: torch.Tensor, real: torch.Tensor | None = None
 class AttentionInputs(NamedTuple):
     """What every attention layer of one forward pass shares."""
 
-    key_mask: torch.Tensor | None = None
-    """(B, S) bool, stick-breaking: keys that exist."""
-    document_start: torch.Tensor | None = None
-    """(B, T) int64, stick-breaking: first key of the query's own document."""
-    softmax_mask: Any = None
-    """What the attention interface of transformers made of the mask, softmax."""
+    attention_mask: Any = None
+    """`StickbreakingMask`, or what the chosen softmax implementation takes."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     """cos and sin of RoPE, softmax."""
-    position_ids: torch.Tensor | None = None
-    """(B, T) or (1, T), softmax."""
+    arguments: dict[str, Any] = {}
+    """Further keyword arguments of the attention function, softmax."""
+
+
+def attention_inputs(
+    config: ModMoEConfig,
+    embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+    rotary_emb: nn.Module | None,
+) -> AttentionInputs:
+    """
+    Args:
+        embeds: (B, T, H).
+        attention_mask: (B, S), 0 for padding; softmax also takes a prepared 4-D mask.
+        position_ids: (B, T) or (1, T).
+        cache: of the tokens before these.
+        rotary_emb: RoPE, softmax.
+
+    Raises:
+        ValueError: inputs that contradict each other or the config.
+    """
+    batch, length = embeds.shape[:2]
+    seen = 0 if cache is None else cache.get_seq_length()
+    check_context(config, attention_mask, batch, length, seen, cache)
+    starts = None
+    if position_ids is not None and seen == 0:
+        real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
+        starts = document_starts(position_ids.expand(batch, -1), real)
+    if rotary_emb is None:
+        return AttentionInputs(StickbreakingMask(None if attention_mask is None else attention_mask.bool(), starts))
+    if position_ids is None:
+        position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
+    arguments: dict[str, Any] = {"position_ids": position_ids}
+    # Flash attention takes no matrix: it is told the lengths of documents.
+    flash = "flash" in str(config._attn_implementation)
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        and_mask_function=None if starts is None or flash else same_document(starts),
+    )
+    if starts is not None and flash:
+        arguments |= flash_documents(starts, mask)
+    return AttentionInputs(mask, rotary_emb(embeds, position_ids=position_ids), arguments)
+
+
+def flash_documents(starts: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
+    """
+    Packed documents as flash attention takes them. Reads from the device how many there are.
+
+    transformers finds documents in `position_ids` by itself, but in a batch of one row alone.
+
+    Args:
+        starts: (B, T), from `document_starts`.
+        mask: (B, T) bool, False for padding; None is all real.
+
+    Raises:
+        ValueError: packing and padding at once.
+    """
+    begins = starts == torch.arange(starts.shape[1], device=starts.device)
+    if mask is not None:
+        if (begins & mask & (mask.cumsum(-1) > 1)).any():
+            raise ValueError(
+                "flash attention cannot read packed documents and padding from one batch: leave the padding out, or "
+                "set attn_implementation='sdpa'"
+            )
+        return {}
+    bounds = nn.functional.pad(begins.flatten().nonzero().squeeze(1), (0, 1), value=begins.numel())
+    longest = int(bounds.diff().max())
+    bounds = bounds.to(torch.int32)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def same_document(starts: torch.Tensor) -> Callable:

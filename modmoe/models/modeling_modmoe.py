@@ -5,19 +5,16 @@ E experts, D head size.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -28,13 +25,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from modmoe.layers import grouped_experts, megablocks, stickbreaking
 from modmoe.layers.experts import AttentionExperts, ExpertLinear, GatedExperts, GatedFFN, PlainExperts, PlainFFN
 from modmoe.layers.router import ROUTERS, Router, RouterOutput
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
 from modmoe.models.configuration_modmoe import ModMoEConfig
-from modmoe.models.context import AttentionInputs, check_context, check_token_ids, document_starts, same_document
+from modmoe.models.context import AttentionInputs, attention_inputs, check_token_ids
+from modmoe.models.loading import StrictPreTrainedModel
 from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
-from modmoe.ops import dispatch_plan, stickbreaking_attention
+from modmoe.ops import dispatch_plan
 
 
 class LayerOutput(NamedTuple):
@@ -109,7 +108,19 @@ class ModMoEAttention(nn.Module):
             queries, keys = apply_rotary_pos_emb(queries, keys, *inputs.position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        heads, weights = self._attend(queries, keys, values, inputs, **kwargs)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        heads, weights = attend(
+            self,
+            queries,
+            keys,
+            values,
+            inputs.attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **(inputs.arguments | kwargs),
+        )
         gates = None if routing is None else routing.top_k_weights
         output = self.experts.reduce(self._tokens_first(heads), plan, self.top_k, gates)
         return output.view(batch, length, -1), weights, routing
@@ -120,48 +131,10 @@ class ModMoEAttention(nn.Module):
         return queries.permute(0, 3, 2, 4, 1, 5).reshape(batch, -1, length, self.head_dim)
 
     def _tokens_first(self, heads: torch.Tensor) -> torch.Tensor:
-        """The inverse: (B, kv heads * K * group, T, D) -> (N * K, heads * D)."""
-        batch, _, length, _ = heads.shape
-        heads = heads.reshape(batch, self.num_kv_heads, self.top_k, -1, length, self.head_dim)
-        return heads.permute(0, 4, 2, 1, 3, 5).reshape(batch * length * self.top_k, -1)
-
-    def _attend(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        inputs: AttentionInputs,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.config.attention_type == "stickbreaking":
-            want_weights = kwargs.get("output_attentions", self.config.output_attentions)
-            out, _, *weights = stickbreaking_attention(
-                queries,
-                keys,
-                values,
-                scale=self.scaling,
-                attend_current=self.config.attend_current,
-                key_mask=inputs.key_mask,
-                document_start=inputs.document_start,
-                return_weights=bool(want_weights),
-            )
-            return out, weights[0] if weights else None
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.config.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self,
-            queries,
-            keys,
-            values,
-            inputs.softmax_mask,
-            scaling=self.scaling,
-            dropout=dropout,
-            position_ids=inputs.position_ids,
-            **kwargs,
-        )
-        return out.transpose(1, 2), weights
+        """Back to token order: (B, T, kv heads * K * group, D) -> (N * K, heads * D)."""
+        batch, length, _, _ = heads.shape
+        heads = heads.view(batch, length, self.num_kv_heads, self.top_k, -1, self.head_dim)
+        return heads.transpose(2, 3).reshape(batch * length * self.top_k, -1)
 
 
 class ModMoEMLP(nn.Module):
@@ -193,8 +166,8 @@ class ModMoEMLP(nn.Module):
         return output.view_as(hidden_states), routing
 
     def _known_index(self, top_k_index: torch.Tensor) -> torch.Tensor:
-        """Other implementations than ours index weights with the id "none"; a gate of 0 makes any expert none."""
-        ours = self.config._experts_implementation in (None, "eager")
+        """Implementations of others index weights with the id "none"; a gate of 0 makes any expert none."""
+        ours = self.config._experts_implementation in (None, "eager", grouped_experts.NAME, megablocks.NAME)
         return top_k_index if ours else top_k_index.clamp(max=self.experts.num_experts - 1)
 
 
@@ -231,15 +204,15 @@ class ModMoEDecoderLayer(GradientCheckpointingLayer):
         )
 
 
-class ModMoEPreTrainedModel(PreTrainedModel):
-    """Initialisation, validation and strict loading."""
+class ModMoEPreTrainedModel(StrictPreTrainedModel):
+    """Initialisation, validation, and which implementations of attention and experts may be chosen."""
 
     config: ModMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ModMoEDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    # These concern the softmax attention type; see `get_correct_attn_implementation` for the other.
+    # These concern the softmax attention type; see `_check_attention` for the other.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -261,22 +234,39 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Our own ops ("eager" to transformers) unless another implementation is asked for by name."""
-        return super().get_correct_experts_implementation(requested_experts or "eager")
+        """Our own ops unless another implementation is asked for by name; "eager" is one expert after another."""
+        if requested_experts == megablocks.NAME:
+            megablocks.grouped_gemm()  # here it raises while the model is built, not in its first step
+        return super().get_correct_experts_implementation(requested_experts or grouped_experts.NAME)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
-        Raises:
-            ValueError: if a softmax kernel is asked for a stick-breaking model: it would be another model.
+        "stickbreaking" for a stick-breaking model, also in place of "eager": that is what older configs say, and what
+        transformers sets for `output_attentions`. The slow reference is chosen as a backend of the op.
         """
+        self._check_attention(requested_attention)
         if self.config.attention_type == "stickbreaking":
-            if requested_attention not in (None, "eager"):
-                raise ValueError(
-                    f"attn_implementation={requested_attention!r} computes softmax attention, but this model's "
-                    "config says attention_type='stickbreaking'; leave attn_implementation unset"
-                )
-            return "eager"
+            return stickbreaking.NAME
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        # transformers takes names of kernels on the hub without asking `get_correct_attn_implementation`.
+        self._check_attention(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def _check_attention(self, requested: str | None) -> None:
+        """
+        Raises:
+            ValueError: if the kernel asked for computes the other type of attention: it would be another model.
+        """
+        if self.config.attention_type == "softmax":
+            if requested == stickbreaking.NAME:
+                stickbreaking.check_declared(self.config)
+        elif requested not in (None, "eager", stickbreaking.NAME):
+            raise ValueError(
+                f"attn_implementation={requested!r} computes softmax attention, but this model's config says "
+                "attention_type='stickbreaking'; leave attn_implementation unset"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -291,32 +281,6 @@ class ModMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ExpertLinear | GatedFFN | PlainFFN):
             for weight in module.parameters(recurse=False):
                 init.normal_(weight, mean=0.0, std=std)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
-    ) -> Any:
-        """
-        As in transformers, but strict: weights and config must cover each other, and only safetensors are read.
-
-        Raises:
-            ValueError: damaged file, pickled weights, or weights that the config does not match.
-        """
-        where = pretrained_model_name_or_path
-        if kwargs.setdefault("use_safetensors", True) is False:
-            raise ValueError("use_safetensors=False would read pickled weights, which can run code: leave it out")
-        _refuse_pickles(where)
-        accept_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        try:
-            model, info = super().from_pretrained(
-                where, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights in {where} are damaged or truncated ({error}): copy or save the checkpoint again"
-            ) from error
-        model._check_coverage(where, info, accept_mismatch)
-        return (model, info) if output_loading_info else model
 
     def routed_pools(self) -> list[tuple[Router, nn.Module]]:
         """Every router with its experts: FFN routers layer by layer, then attention routers."""
@@ -333,37 +297,6 @@ class ModMoEPreTrainedModel(PreTrainedModel):
             idle = router.num_experts - router.top_k
             total -= sum(p.numel() // router.num_experts * idle for p in experts.parameters())
         return total
-
-    def _check_coverage(self, where: Any, info: dict[str, Any], accept_mismatch: bool) -> None:
-        """Every weight of the model is in the checkpoint and the other way round, heads of other tasks excepted."""
-        missing = sorted(k for k in info["missing_keys"] if not k.startswith("score.") and "selection_bias" not in k)
-        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(("lm_head.", "score.")))
-        mismatched = [] if accept_mismatch else sorted(info["mismatched_keys"])
-        if mismatched:
-            key, saved, built = mismatched[0]
-            what = f"{len(mismatched)} tensors have another shape, such as {key}: {tuple(saved)}, not {tuple(built)}"
-        elif missing:
-            what = f"{len(missing)} tensors are missing, such as {missing[0]}"
-        elif unexpected:
-            what = f"{len(unexpected)} tensors have no place in the model, such as {unexpected[0]}"
-        else:
-            return
-        raise ValueError(
-            f"the weights in {where} do not match the config: {what}; load them with the config.json that they were "
-            f"saved with, into the class that saved them (here: {type(self).__name__})"
-        )
-
-
-def _refuse_pickles(where: Any) -> None:
-    folder = Path(where) if isinstance(where, str | Path) else None
-    if folder is None or not folder.is_dir() or any(folder.glob("model*.safetensors")):
-        return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can run code when read: only safetensors are "
-            "loaded. Convert old ModuleFormer weights with tools/convert_moduleformer.py"
-        )
 
 
 class ModMoEModel(ModMoEPreTrainedModel):
@@ -409,7 +342,9 @@ class ModMoEModel(ModMoEPreTrainedModel):
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        inputs = self._attention_inputs(inputs_embeds, attention_mask, position_ids, given_cache)
+        inputs = attention_inputs(
+            self.config, inputs_embeds, attention_mask, position_ids, given_cache, self.rotary_emb
+        )
         token_mask = self.token_mask(attention_mask, inputs_embeds.shape[1])
 
         hidden_states = inputs_embeds
@@ -435,44 +370,14 @@ class ModMoEModel(ModMoEPreTrainedModel):
             return None
         return attention_mask[:, -length:].reshape(-1).bool()
 
-    def _attention_inputs(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-    ) -> AttentionInputs:
-        batch, length = embeds.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
-        check_context(self.config, attention_mask, batch, length, seen, cache)
-        starts = None
-        if position_ids is not None and seen == 0:
-            real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
-            starts = document_starts(position_ids.expand(batch, -1), real)
-        if self.rotary_emb is None:
-            return AttentionInputs(None if attention_mask is None else attention_mask.bool(), starts)
-        if position_ids is None:
-            position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            and_mask_function=None if starts is None or self._has_varlen_kernel() else same_document(starts),
-        )
-        return AttentionInputs(
-            softmax_mask=mask,
-            position_embeddings=self.rotary_emb(embeds, position_ids=position_ids),
-            position_ids=position_ids,
-        )
-
-    def _has_varlen_kernel(self) -> bool:
-        """Flash attention takes no mask of this kind, but finds documents in `position_ids` itself."""
-        return "flash" in self.config._attn_implementation
-
 
 def _present(tensors: Any) -> tuple[torch.Tensor, ...]:
     return tuple(t for t in tensors if t is not None)
+
+
+def _at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
+    """A denominator: of a step without tokens the sum is 0, and so shall the mean be."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
 class _WithRouterLosses(ModMoEPreTrainedModel):
@@ -531,7 +436,7 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
         if step is not None:
             weight = None  # the reference already holds the tokens of the whole step
         elif num_tokens_in_batch is not None:
-            weight = 1.0 / num_tokens_in_batch
+            weight = 1.0 / _at_least_one(num_tokens_in_batch)
         elif num_items_in_batch is not None and targets is not None:
             share = (targets != -100).sum() / num_items_in_batch
             weight = share / local.num_tokens.clamp_min(1)
@@ -630,7 +535,7 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
             labels: (B, T); -100 is ignored in the cross entropy. They change nothing for the routers.
             logits_to_keep: how many last positions get logits, 0 for all, or their indices.
             num_items_in_batch: labels of the whole optimizer step on all ranks; the loss is then a share of the
-                step's sum, to be added over micro-steps and ranks.
+                step's sum, to be added over micro-steps and ranks. A step without labels (0) has loss 0.
             num_tokens_in_batch: routed tokens of the whole step on all ranks, likewise for the router losses;
                 without it they are weighted by this micro-batch's share of the labels.
             router_statistics: of the whole step, for `aux_scope="global_batch"`; see `router_statistics()`.
@@ -651,6 +556,8 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
         result = self._result(logits, outputs, output_router_logits)
         if labels is None:
             return result
+        if num_items_in_batch is not None:
+            num_items_in_batch = _at_least_one(num_items_in_batch)
         loss = self.loss_function(
             logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
         )

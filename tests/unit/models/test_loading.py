@@ -162,6 +162,23 @@ def test_keywords_are_validated_too(native):
         ModMoEForCausalLM.from_pretrained(native, use_safetensors=False)
 
 
+@pytest.mark.parametrize("load", [ModMoEForCausalLM, AutoModelForCausalLM])
+def test_misspelt_keywords_are_named(native, load):
+    with pytest.raises(ValueError, match="does not know the keyword 'num_expert'; did you mean num_experts"):
+        load.from_pretrained(native, num_expert=3)
+    with pytest.raises(ValueError, match="keyword 'attn_implemntation'; did you mean attn_implementation"):
+        load.from_pretrained(native, attn_implemntation="eager")
+    with pytest.raises(ValueError, match="keyword 'zzz'; ModMoEConfig names the fields"):
+        load.from_pretrained(native, zzz=1)
+
+
+@pytest.mark.parametrize("asked", [None, "eager", "stickbreaking"])
+def test_attention_of_older_checkpoints(native, asked):
+    """Configs of before "stickbreaking" had a name say "eager"."""
+    model = AutoModelForCausalLM.from_pretrained(native, attn_implementation=asked)
+    assert model.config._attn_implementation == "stickbreaking"
+
+
 def test_selection_bias_can_be_switched_on_for_a_checkpoint_without(native):
     model = ModMoEForCausalLM.from_pretrained(native, use_selection_bias=True)
     assert not model.model.layers[0].mlp.gate.selection_bias.any()

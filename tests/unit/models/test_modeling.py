@@ -207,10 +207,11 @@ def test_classifier_reads_the_last_real_token_on_both_sides(ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_experts_of_transformers_agree_with_ours(ids, implementation, gated):
     model = build(gated_ffn=gated, hidden_act="silu").eval()
+    assert model.config._experts_implementation == "modmoe"
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     ours = model(ids, attention_mask=mask).logits
@@ -271,6 +272,19 @@ def test_the_trainer_accumulates_without_changing_the_scale(tmp_path, ids, label
         trainer.train()
         norms.append(trainer.state.log_history[0]["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_a_step_without_labels_has_loss_zero(ids, count):
+    model = build().train()
+    nothing = torch.full_like(ids, -100)
+    out = model(ids, labels=nothing, num_items_in_batch=count)
+    assert out.cross_entropy == 0
+    assert out.loss == 0  # router losses are weighted by the share of the labels
+    out.loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    padding = torch.zeros_like(ids)
+    assert model(ids, padding, labels=nothing, num_items_in_batch=count, num_tokens_in_batch=count).loss == 0
 
 
 def test_global_batch_without_statistics_is_an_error(ids):
