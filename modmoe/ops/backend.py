@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda", "cuda_sm90")
 ENVIRONMENT_VARIABLE = "MODMOE_BACKEND"
 
 # Schemas are fragments of one namespace, so that a compiled library can add kernels for other devices to them.

@@ -4,19 +4,19 @@ Letters: N tokens, E experts, K experts per token, S = N * K pairs. A *sorted* r
 offsets it lies between; rows past the last offset belong to nobody and are zero in every result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .backend import autocast_dtype, library, requested_backend, without_autocast
+from . import grouped_linear_cpp, grouped_linear_cuda, grouped_linear_sm90, grouped_linear_torch, reference
+from .backend import autocast_dtype, choose_backend, library, requested_backend
 from .routing import DispatchPlan
 
 LAYOUTS = ("token", "pair", "sorted")
-_GRANULE = 32  # rows
+BACKENDS = ("cpp", "torch", "cuda", "cuda_sm90", "reference")
 
 
 def grouped_linear(
@@ -58,9 +58,10 @@ def grouped_linear(
     x, weight = (t.to(autocast_dtype(t)) for t in (x, weight))
     _check(x, weight, plan, top_k, source, target, gates)
     arguments = (x, weight, plan.order, plan.inverse, plan.offsets, gates, top_k, source, target)
-    if requested_backend("grouped_linear", backend, ("torch", "reference")) == "reference":
+    name = requested_backend("grouped_linear", backend, BACKENDS)
+    if name == "reference":
         return reference.grouped_linear(*arguments)
-    out: Tensor = torch.ops.modmoe.grouped_linear(*arguments)
+    out: Tensor = torch.ops.modmoe.grouped_linear(*arguments, name)
     return out
 
 
@@ -94,124 +95,25 @@ def _check(
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
-# Ragged products. On CPU a loop over the experts that have rows: the offsets are host memory anyway, and matrix
-# products are nine tenths of the time. Elsewhere grouped_mm, which reads the offsets on the device.
-
-
-def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """(S, in) rows times (E, in, out) weight of their expert -> (S, out)."""
-    if not _loops(rows):
-        return _multiply_on_device(rows, weight, offsets)
-    out = rows.new_empty(rows.shape[0], weight.shape[2])
-    end = 0
-    for expert, start, end in _spans(offsets, rows.dtype):
-        torch.mm(rows[start:end], weight[expert], out=out[start:end])
-    out[end:] = 0
-    return out
-
-
-def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    """(S, out) and (S, in) rows -> (E, out, in), the sum over each expert's rows of left x right."""
-    if not _loops(left):
-        return _outer_on_device(left, right, offsets)
-    out = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
-    for expert, start, end in _spans(offsets, left.dtype):
-        out[expert].addmm_(left[start:end].T, right[start:end])
-    return out
-
-
-def _spans(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
-    """Yield (expert, first row, past the last row), in order; experts without rows are left out.
-
-    oneDNN, which multiplies in bfloat16 and float16, compiles a kernel for each new shape (three times the work of a
-    small product) and keeps the last thousand. Cutting at a multiple of 32 rows makes shapes come back.
-    """
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if dtype.itemsize == 2 and end - start > _GRANULE:
-            cut = end - (end - start) % _GRANULE
-            yield expert, start, cut
-            start = cut
-        if end > start:
-            yield expert, start, end
-        start = end
-
-
-def _loops(rows: Tensor) -> bool:
-    # grouped_mm has no float64; there the loop costs a host sync, and float64 is for checking only.
-    return rows.device.type == "cpu" or rows.dtype == torch.float64
-
-
-def _multiply_on_device(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    width = weight.shape[2]
-    # grouped_mm reads weights best in (E, out, in) memory; padding keeps whichever dim is contiguous.
-    out = F.grouped_mm(_pad_width(rows), _pad_matrix(weight), offs=offsets)[:, :width]
-    past = torch.arange(out.shape[0], device=out.device) >= offsets[-1]
-    return out.masked_fill(past[:, None], 0)  # grouped_mm leaves rows past the last offset uninitialised
-
-
-def _outer_on_device(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    out = F.grouped_mm(_pad_width(left).T, _pad_width(right), offs=offsets)[:, : left.shape[1], : right.shape[1]]
-    empty = offsets == F.pad(offsets, (1, 0))[:-1]
-    return out.masked_fill(empty[:, None, None], 0)
-
-
-def _missing(width: int, dtype: torch.dtype) -> int:
-    return -width % (16 // dtype.itemsize)  # grouped_mm wants strides that are multiples of 16 bytes
-
-
-def _pad_width(rows: Tensor) -> Tensor:
-    missing = _missing(rows.shape[1], rows.dtype)
-    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
-
-
-def _pad_matrix(weight: Tensor) -> Tensor:
-    """Pad both matrix dims of (E, in, out), and keep the memory order."""
-    if weight.stride(-1) != 1:
-        return _pad_matrix(weight.mT).mT
-    rows, columns = (_missing(size, weight.dtype) for size in weight.shape[1:])
-    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else weight.contiguous()
-
-
-# Layouts.
-
-
-def _to_sorted(x: Tensor, order: Tensor, top_k: int, layout: str) -> Tensor:
-    if layout == "sorted":
-        return x.contiguous()
-    return x.index_select(0, order // top_k if layout == "token" and top_k > 1 else order)
-
-
-def _from_sorted(
-    rows: Tensor, order: Tensor, inverse: Tensor, gates: Tensor | None, top_k: int, layout: str
-) -> Tensor:
-    """Bring sorted rows to `layout`, times their gates; "token" sums the slots, in slot order."""
-    if layout == "sorted":
-        return rows if gates is None else _scale(rows, _sorted_gates(gates, order))
-    rows = rows.index_select(0, inverse)
-    if layout == "pair":
-        return rows if gates is None else _scale(rows, gates.reshape(-1, 1))
-    slots = rows.to(_work_dtype(rows.dtype)).unflatten(0, (-1, top_k))
-    total = slots.sum(1) if gates is None else torch.bmm(gates[:, None, :].to(slots.dtype), slots).squeeze(1)
-    return total.to(rows.dtype)
-
-
-def _sorted_gates(gates: Tensor, order: Tensor) -> Tensor:
-    return gates.reshape(-1).index_select(0, order)[:, None]
-
-
-def _scale(rows: Tensor, gates: Tensor) -> Tensor:
-    return (rows * gates).to(rows.dtype)
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 # The op and its gradient.
 
 
-@without_autocast
+def _implementation(backend: str, x: Tensor, weight: Tensor) -> ModuleType:
+    problems: dict[str, Callable[[], str | None]] = {
+        "cpp": lambda: grouped_linear_cpp.problem(x),
+        "torch": lambda: None,
+        "cuda": lambda: grouped_linear_cuda.problem(x),
+        "cuda_sm90": lambda: grouped_linear_sm90.problem(x, weight),
+    }
+    modules = {
+        "cpp": grouped_linear_cpp,
+        "torch": grouped_linear_torch,
+        "cuda": grouped_linear_cuda,
+        "cuda_sm90": grouped_linear_sm90,
+    }
+    return modules[choose_backend("grouped_linear", backend, problems)]
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -222,12 +124,13 @@ def _forward(
     top_k: int,
     source: str,
     target: str,
+    backend: str,
 ) -> Tensor:
-    y = _multiply(_to_sorted(x, order, top_k, source), weight.mT, offsets)
-    return _from_sorted(y, order, inverse, gates, top_k, target)
+    implementation = _implementation(backend, x, weight)
+    out: Tensor = implementation.forward(x, weight, order, inverse, offsets, gates, top_k, source, target)
+    return out
 
 
-@without_autocast
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -239,34 +142,15 @@ def _backward(
     top_k: int,
     source: str,
     target: str,
+    backend: str,
     needs_x: bool,
     needs_weight: bool,
     needs_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and gates; an empty tensor where one is not needed."""
-    dx, dweight, dgates = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    dy_rows = _to_sorted(dy, order, top_k, target)
-    x_rows = _to_sorted(x, order, top_k, source) if needs_weight or needs_gates else None
-    if needs_x or needs_gates:
-        # Before the gates: the gate's gradient is <dy_r W_e, x_r>, so the ungated output need not be kept.
-        u = _multiply(dy_rows, weight, offsets)
-        if needs_gates:
-            assert gates is not None
-            assert x_rows is not None
-            dots = (u.to(_work_dtype(u.dtype)) * x_rows).sum(-1)
-            past = torch.arange(len(dots), device=dots.device) >= offsets[-1]
-            dgates = dots.masked_fill(past, 0).index_select(0, inverse).view_as(gates).to(gates.dtype)
-        if needs_x:
-            dx = _from_sorted(u, order, inverse, gates, top_k, source)
-    if needs_weight:
-        assert x_rows is not None
-        if gates is not None:
-            scale = _sorted_gates(gates, order)
-            if x_rows.shape[1] < dy_rows.shape[1]:
-                x_rows = _scale(x_rows, scale)
-            else:
-                dy_rows = _scale(dy_rows, scale)
-        dweight = _outer(dy_rows, x_rows, offsets)
+    layout = (order, inverse, offsets, gates, top_k, source, target)
+    needs = (needs_x, needs_weight, needs_gates)
+    dx, dweight, dgates = _implementation(backend, x, weight).backward(dy, x, weight, *layout, *needs)
     return dx, dweight, dgates
 
 
@@ -280,6 +164,7 @@ def _forward_fake(
     top_k: int,
     source: str,
     target: str,
+    backend: str,
 ) -> Tensor:
     return x.new_empty(order.shape[0] // top_k if target == "token" else order.shape[0], weight.shape[1])
 
@@ -295,6 +180,7 @@ def _backward_fake(
     top_k: int,
     source: str,
     target: str,
+    backend: str,
     needs_x: bool,
     needs_weight: bool,
     needs_gates: bool,
@@ -307,20 +193,21 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.top_k, ctx.source, ctx.target = inputs
+    *tensors, ctx.top_k, ctx.source, ctx.target, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 5)]
-    grads = torch.ops.modmoe.grouped_linear_backward(dy, *ctx.saved_tensors, ctx.top_k, ctx.source, ctx.target, *needs)
+    settings = (ctx.top_k, ctx.source, ctx.target, ctx.backend)
+    grads = torch.ops.modmoe.grouped_linear_backward(dy, *ctx.saved_tensors, *settings, *needs)
     dx, dweight, dgates = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return dx, dweight, None, None, None, dgates, None, None, None
+    return dx, dweight, None, None, None, dgates, *(None,) * len(settings)
 
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor order, Tensor inverse, Tensor offsets, Tensor? gates, "
-    "SymInt top_k, str source, str target"
+    "SymInt top_k, str source, str target, str backend"
 )
 library.define(f"grouped_linear({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 library.define(

@@ -3,12 +3,15 @@
 Letters: N tokens, E experts, K experts per token, S = N * K (token, slot) pairs; pair p = token * K + slot.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import library
+from . import routing_cuda
+from .backend import choose_backend, library, requested_backend
+
+BACKENDS = ("torch", "cuda")
 
 
 class Routing(NamedTuple):
@@ -43,6 +46,7 @@ def route(
     renormalize: bool = False,
     sample_top_k: int = 0,
     generator: torch.Generator | None = None,
+    backend: str | None = None,
 ) -> Routing:
     """Choose `top_k` experts for each token, gated by a softmax over all experts (in float32).
 
@@ -57,6 +61,7 @@ def route(
         sample_top_k: of the `top_k`, how many are drawn at random, without replacement, with weights p + 1e-6; the
             others are the best ones (ModuleFormer `sample_topk`, for training).
         generator: source of that randomness.
+        backend: see `modmoe.ops.backend`.
 
     Returns:
         Gates and expert ids, (N, K) each, best expert first (drawn ones after the best ones).
@@ -64,8 +69,13 @@ def route(
     Raises:
         ValueError: shapes that do not fit, `top_k` not in 1..E, `sample_top_k` not in 0..top_k.
         TypeError: logits that are not floating point, a mask that is not bool.
+        RuntimeError: a backend that cannot be had; "cuda" does not sample.
     """
     _check_route(logits, top_k, token_mask, selection_bias, sample_top_k)
+    if requested_backend("route", backend, BACKENDS) == "cuda":
+        if sample_top_k:
+            raise RuntimeError(f"route: backend 'cuda' does not sample, got sample_top_k={sample_top_k}; use 'torch'")
+        return Routing(*torch.ops.modmoe.route(logits, top_k, token_mask, selection_bias, renormalize))
     num_experts = logits.shape[1]
     probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     with torch.no_grad():
@@ -113,12 +123,13 @@ def _check_route(
             raise ValueError(f"token_mask must have shape ({num_tokens},), got {tuple(token_mask.shape)}")
 
 
-def dispatch_plan(top_k_index: Tensor, num_experts: int) -> DispatchPlan:
+def dispatch_plan(top_k_index: Tensor, num_experts: int, *, backend: str | None = None) -> DispatchPlan:
     """Group the (token, slot) pairs by expert; all shapes are static and nothing is read back from the device.
 
     Args:
         top_k_index: (N, K) integer expert ids, 0 to E - 1, or E for a slot without an expert. Values are not checked.
         num_experts: E.
+        backend: see `modmoe.ops.backend`.
 
     Returns:
         The plan; see `DispatchPlan`.
@@ -126,6 +137,7 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int) -> DispatchPlan:
     Raises:
         ValueError: `top_k_index` is not (N, K), or `num_experts` < 1.
         TypeError: `top_k_index` is not an integer tensor.
+        RuntimeError: a backend that cannot be had.
     """
     if top_k_index.dim() != 2:
         raise ValueError(f"top_k_index must be (tokens, top_k), got shape {tuple(top_k_index.shape)}")
@@ -133,10 +145,63 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int) -> DispatchPlan:
         raise TypeError(f"top_k_index must be int64 or int32, got {top_k_index.dtype}")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    return DispatchPlan(*torch.ops.modmoe.dispatch_plan(top_k_index, num_experts))
+    name = requested_backend("dispatch_plan", backend, BACKENDS)
+    return DispatchPlan(*torch.ops.modmoe.dispatch_plan(top_k_index, num_experts, name))
 
 
-def _dispatch_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# The gates and the choice in one kernel. PyTorch's own operations are composed in `route` instead, where autograd and
+# torch.compile see through them.
+
+
+def _route(
+    logits: Tensor, top_k: int, token_mask: Tensor | None, selection_bias: Tensor | None, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    choose_backend("route", "cuda", {"cuda": lambda: routing_cuda.gating_problem(logits)})
+    return routing_cuda.gating(logits, top_k, token_mask, selection_bias, renormalize)
+
+
+def _route_fake(
+    logits: Tensor, top_k: int, token_mask: Tensor | None, selection_bias: Tensor | None, renormalize: bool
+) -> tuple[Tensor, Tensor]:
+    gates = logits.new_empty(logits.shape[0], top_k, dtype=torch.float32)
+    return gates, torch.empty_like(gates, dtype=torch.int64)
+
+
+def _route_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, token_mask, _, ctx.renormalize = inputs
+    ctx.save_for_backward(logits, output[1], token_mask)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_autograd(ctx: Any, dgates: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    logits, index, token_mask = ctx.saved_tensors
+    return _route_backward(dgates, logits, index, token_mask, ctx.renormalize), None, None, None, None
+
+
+def _route_backward(
+    dgates: Tensor, logits: Tensor, index: Tensor, token_mask: Tensor | None, renormalize: bool
+) -> Tensor:
+    """Gradient of the logits. Through the gates' sum first, if they were divided by it, then through the softmax."""
+    probs = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    index = index.clamp_max(logits.shape[1] - 1)  # of masked tokens, which have no gradient
+    if token_mask is not None:
+        dgates = dgates.masked_fill(~token_mask[:, None], 0.0)
+    chosen = probs.gather(1, index)
+    if renormalize:
+        total = chosen.sum(-1, keepdim=True)
+        smallest = torch.finfo(total.dtype).tiny
+        divisor = total.clamp_min(smallest)
+        through_sum = (dgates * chosen / divisor).sum(-1, keepdim=True)
+        dgates = (dgates - through_sum.masked_fill(total < smallest, 0.0)) / divisor
+    dprobs = torch.zeros_like(probs).scatter(1, index, dgates)
+    dlogits = probs * (dprobs - (dgates * chosen).sum(-1, keepdim=True))
+    return dlogits.to(logits.dtype)
+
+
+def _dispatch_plan(top_k_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    problems = {"torch": lambda: None, "cuda": lambda: routing_cuda.plan_problem(top_k_index, num_experts)}
+    if choose_backend("dispatch_plan", backend, problems) == "cuda":
+        return routing_cuda.dispatch_plan(top_k_index, num_experts)
     sorted_expert_ids, order = top_k_index.flatten().sort(dim=0, stable=True)
     experts = torch.arange(num_experts, device=top_k_index.device, dtype=top_k_index.dtype)
     # Counting by searching the sorted ids: no host sync (bincount has one), no atomics.
@@ -148,14 +213,23 @@ def _dispatch_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     return tokens_per_expert, offsets, order, inverse
 
 
-def _dispatch_plan_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _dispatch_plan_fake(top_k_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = top_k_index.new_empty(num_experts, dtype=torch.int32)
     order = top_k_index.new_empty(top_k_index.numel(), dtype=torch.int64)
     return counts, torch.empty_like(counts), order, torch.empty_like(order)
 
 
 library.define(
-    "dispatch_plan(Tensor top_k_index, SymInt num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route(Tensor logits, SymInt top_k, Tensor? token_mask, Tensor? selection_bias, bool renormalize)"
+    " -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+library.impl("route", _route, "CompositeExplicitAutograd")
+torch.library.register_fake("modmoe::route", _route_fake, lib=library)
+torch.library.register_autograd("modmoe::route", _route_autograd, setup_context=_route_setup_context, lib=library)
+
+library.define(
+    "dispatch_plan(Tensor top_k_index, SymInt num_experts, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 library.impl("dispatch_plan", _dispatch_plan, "CompositeExplicitAutograd")

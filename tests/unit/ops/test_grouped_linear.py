@@ -2,17 +2,28 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear, use_backend
-from modmoe.ops.grouped_linear import LAYOUTS, _multiply_on_device, _outer_on_device, _spans
+from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear, grouped_linear_cpp, use_backend
+from modmoe.ops.grouped_linear import LAYOUTS
+from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _spans
 
 # (tokens, top_k, experts, in, out)
 SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9)]
+
+
+@pytest.fixture(params=["cpp", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on both."""
+    problem = grouped_linear_cpp.problem(torch.empty(0)) if request.param == "cpp" else None
+    if problem:
+        pytest.skip(problem)
+    with use_backend(request.param):
+        yield request.param
 
 
 def make(size: tuple[int, ...], source: str, dtype: torch.dtype = torch.float64, masked: float = 0.3) -> tuple:
@@ -62,13 +73,13 @@ def gradients(function: Callable[..., Tensor], *leaves: Tensor | None) -> tuple[
     }
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(
     ("target", "gated"), [("sorted", False), ("pair", False), *((target, True) for target in LAYOUTS)]
 )
 @pytest.mark.parametrize("source", LAYOUTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: bool, backend: str) -> None:
+def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: bool, backend: str | None) -> None:
     x, weight, gates, plan, index = make(size, source)
     gates = gates if gated else None
 
@@ -160,7 +171,7 @@ def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, gates, plan, _ = make((9, 2, 3, 4, 5), "token")
     _, full = gradients(lambda x, w, g: grouped_linear(x, w, plan, top_k=2, gates=g), x, weight, gates)
     monkeypatch.setattr(
-        sys.modules["modmoe.ops.grouped_linear"],
+        sys.modules["modmoe.ops.grouped_linear_torch"],
         "_outer",
         lambda *_: pytest.fail("weight gradient was computed"),
     )
@@ -202,7 +213,7 @@ def test_autocast() -> None:
 def test_well_behaved_op(source: str, target: str) -> None:
     x, weight, gates, plan, _ = make((4, 2, 3, 4, 5), source, torch.float32)
     tensors = (x.requires_grad_(), weight.requires_grad_(), plan.order, plan.inverse, plan.offsets)
-    arguments = (*tensors, gates.requires_grad_(), 2, source, target)
+    arguments = (*tensors, gates.requires_grad_(), 2, source, target, "auto")
     out = torch.ops.modmoe.grouped_linear(*arguments)
     torch.library.opcheck(torch.ops.modmoe.grouped_linear, arguments)
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
@@ -248,6 +259,14 @@ def test_device_products(widths: tuple[int, int]) -> None:
     torch.testing.assert_close(outer, torch.stack([left[g].T @ right[g] for g in groups]))
 
 
+def test_the_compiled_kernels_say_why_they_cannot_run() -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), "token", torch.float32)
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used: it is for CUDA, the tensors are on 'cpu'"):
+        grouped_linear(x, weight, plan, top_k=2, gates=gates, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot be used: it has no torch.float64"):
+        grouped_linear(x.double(), weight.double(), plan, top_k=2, gates=gates, backend="cuda")
+
+
 def test_errors_name_the_value() -> None:
     x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), "token", torch.float32)
     with pytest.raises(ValueError, match="source='expert'"):
@@ -268,3 +287,45 @@ def test_errors_name_the_value() -> None:
         grouped_linear(x, weight, plan, top_k=5, gates=gates)
     with pytest.raises(RuntimeError, match="one device, got"):
         grouped_linear(x.to("meta"), weight, plan, top_k=2, gates=gates)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"), [([3, 2, 14], "got 2 for expert 1"), ([3, 5, 99], "got 99 for expert 2")]
+)
+def test_offsets_that_do_not_fit(implementation: str, offsets: list[int], message: str) -> None:
+    """On the CPU the compiled products look at the offsets before they read by them."""
+    if implementation != "cpp":
+        pytest.skip("PyTorch checks the values it is given itself")
+    x, weight, gates, plan, _ = make((7, 2, 3, 5, 3), "token", torch.float32)
+    broken = plan._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match=message):
+        grouped_linear(x, weight, broken, top_k=2, gates=gates)
+
+
+def test_inference_mode(implementation: str) -> None:
+    """Its tensors may not be written to from a thread that is outside."""
+    x, weight, gates, plan, _ = make((64, 2, 3, 8, 8), "token", torch.float32)
+    expected = grouped_linear(x, weight, plan, top_k=2, gates=gates)
+    with torch.inference_mode():
+        inside = make((64, 2, 3, 8, 8), "token", torch.float32)
+        assert torch.equal(grouped_linear(*inside[:2], inside[3], top_k=2, gates=inside[2]), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_any_number_of_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    x, weight, gates, plan, _ = make((301, 2, 3, 17, 33), "token", torch.float32)
+
+    def run(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
+        return grouped_linear(x, weight, plan, top_k=2, gates=gates)
+
+    with use_backend("reference"):
+        expected, expected_grads = gradients(run, x.double(), weight.double(), gates.double())
+    try:
+        torch.set_num_threads(threads)
+        actual, grads = gradients(run, x, weight, gates)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name].double(), grad, rtol=1e-4, atol=1e-4, msg=name)

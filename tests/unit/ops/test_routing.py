@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from modmoe.ops import dispatch_plan, route
+from modmoe.ops import dispatch_plan, route, routing_cuda
+from modmoe.ops.routing import _route_backward
 
 SIZES = [(1, 1, 1), (1, 5, 2), (7, 4, 4), (33, 6, 3), (64, 32, 2)]
 
@@ -96,7 +97,69 @@ def test_plan_against_a_loop(num_tokens: int, num_experts: int, top_k: int, dtyp
 
 
 def test_plan_is_a_well_behaved_op() -> None:
-    torch.library.opcheck(torch.ops.modmoe.dispatch_plan, (torch.randint(0, 4, (5, 2)), 3))
+    torch.library.opcheck(torch.ops.modmoe.dispatch_plan, (torch.randint(0, 4, (5, 2)), 3, "auto"))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_gradient_of_the_compiled_kernel(renormalize: bool) -> None:
+    """The kernel's gradient is a formula of its own: here against autograd."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    logits.data[3] = torch.tensor([-2e3, -2e3, -2e3, 0.0, -2e3])  # the chosen ones underflow, and with them their sum
+    bias = torch.tensor([1.0, 0.0, 1.0, -2.0, 0.0])
+    mask = torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    gates, index = route(logits, 2, token_mask=mask, selection_bias=bias, renormalize=renormalize)
+    dgates = torch.randn_like(gates)
+    (expected,) = torch.autograd.grad(gates, logits, dgates)
+    actual = _route_backward(dgates, logits.detach(), index, mask, renormalize)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.fixture
+def emulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch in the place of the CUDA kernels, so that all that surrounds them runs."""
+
+    def gating(
+        logits: torch.Tensor,
+        top_k: int,
+        token_mask: torch.Tensor | None,
+        selection_bias: torch.Tensor | None,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"token_mask": token_mask, "selection_bias": selection_bias, "renormalize": renormalize}
+        return route(logits, top_k, **options, backend="torch")
+
+    monkeypatch.setattr(routing_cuda, "device_problem", lambda device: None)
+    monkeypatch.setattr(routing_cuda, "gating", gating)
+
+
+@pytest.mark.usefixtures("emulated_kernel")
+def test_door_of_the_compiled_kernel() -> None:
+    torch.manual_seed(0)
+    logits, mask = torch.randn(9, 5, requires_grad=True), torch.rand(9) > 0.3
+    torch.library.opcheck(torch.ops.modmoe.route, (logits, 2, mask, torch.randn(5), True))
+    results = []
+    for backend in ("torch", "cuda"):
+        gates, index = route(logits, 2, token_mask=mask, renormalize=True, backend=backend)
+        results.append((gates, index, *torch.autograd.grad(gates.square().sum(), logits)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_compiled_kernels_say_why_they_cannot_run() -> None:
+    logits = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="route: backend 'cuda' cannot be used: it is for CUDA, .* on 'cpu'"):
+        route(logits, 2, backend="cuda")
+    with pytest.raises(RuntimeError, match="it has no torch.float64"):
+        route(logits.double(), 2, backend="cuda")
+    with pytest.raises(RuntimeError, match="does not sample, got sample_top_k=1; use 'torch'"):
+        route(logits, 2, sample_top_k=1, backend="cuda")
+    with pytest.raises(RuntimeError, match="dispatch_plan: backend 'cuda' cannot be used: it is for CUDA"):
+        dispatch_plan(torch.zeros(4, 2, dtype=torch.int64), 3, backend="cuda")
+    with pytest.raises(RuntimeError, match="at most 1024 experts, got 2000"):
+        dispatch_plan(torch.zeros(4, 2, dtype=torch.int64), 2000, backend="cuda")
+    with pytest.raises(ValueError, match="route has no backend 'triton', it has torch, cuda"):
+        route(logits, 2, backend="triton")
 
 
 def test_compiled_equals_eager() -> None:
