@@ -1,199 +1,127 @@
 #!/usr/bin/env python
-"""Speed and memory of ModMoE beside HF JetMoE and HF Llama of the same active size, in one process.
+"""Speed, memory and accuracy of our kernels beside what people use today, measured in one process.
 
-    python tools/bench.py cpu [--rounds 7] [--bf16] [--out FILE.json]
+    python tools/bench.py cpu
+    python tools/bench.py cpu --rounds 40 --threads 1 --only "attention*cache 8192" --out cpu.json
+    python tools/bench.py cpu --bf16 --only model
+    python tools/bench.py cpu --only trained --weights runs/quickstart/final
+    python tools/bench.py gpu --out gpu.json
 
-Rounds are interleaved, so that a machine whose speed drifts slows all of them alike; medians and ratios are printed.
-A benchmark, not a test: nothing here passes or fails.
+Each row of the table is a workload: a median time for each contender that can run, and how many times as fast ours
+are as the others. All contenders get the same inputs, new ones in every round (but see benchmarks/trained.py), in
+turns, so that a machine whose speed drifts slows all of them alike. Who cannot run is listed with the reason.
+
+roofline      share of the speed of a large torch.mm, or of a large copy if that is what bounds the row; both are
+              measured at the beginning. Work that early stop leaves out counts as done.
+worst error   of the outputs and gradients: relative L2 distance from the same computation in float64
+peak MiB      growth of resident memory (of PyTorch's allocator on a GPU) during one run
+
+It needs the packages of `pip install -e '.[train]'`; peers are used where they can be imported. A benchmark, not a
+test: nothing here passes or fails.
 """
 
 import argparse
-import ctypes
-import gc
-import json
+import math
 import os
-import platform
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-import transformers
-import yaml
-from transformers import (
-    DynamicCache,
-    JetMoeConfig,
-    JetMoeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from benchmarks import suites
+from benchmarks.ceiling import measure_ceiling
+from benchmarks.environment import environment
+from benchmarks.measure import measure
+from benchmarks.report import Row, absentees, header, write_json
+from benchmarks.stopwatch import stopwatch_for
+from benchmarks.trained import trained
+from benchmarks.workload import Workload
+from tqdm import tqdm
 
-from modmoe import ModMoEConfig, ModMoEForCausalLM
-
-PRESET = Path(__file__).parents[1] / "configs" / "model" / "molm_tiny.yaml"
-LENGTHS = (256, 1024, 2048)
-CACHES = (256, 2048)
-DECODE_STEPS = 16
+# Whole models take seconds where ops take milliseconds.
+MODEL_SHARE = 4
 
 
-def build_models() -> dict[str, PreTrainedModel]:
-    """Per block and token, all three multiply by 0.39 M attention and 0.52 M FFN weights."""
-    torch.manual_seed(0)
-    common = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 4, "num_key_value_heads": 4}
-    jetmoe = JetMoeConfig(
-        **common,
-        kv_channels=64,
-        num_local_experts=24,  # one number for both sides; 24 + 24 is as many experts as our 16 + 32
-        num_experts_per_tok=2,
-        intermediate_size=344,  # three matrices where MoLM has two
-        output_router_logits=True,
-        tie_word_embeddings=False,
-    )
-    llama = LlamaConfig(**common, num_attention_heads=8, head_dim=64, intermediate_size=688)
-    return {
-        "ModMoE": ModMoEForCausalLM(ModMoEConfig(**yaml.safe_load(PRESET.read_text()))),
-        "HF JetMoE": JetMoeForCausalLM(jetmoe),
-        "HF Llama": LlamaForCausalLM(llama),
-    }
-
-
-def train_step(model: PreTrainedModel, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    def step() -> None:
-        context = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-        with context:
-            loss = model(ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def decode(model: PreTrainedModel, ids: torch.Tensor, bf16: bool) -> Callable[[], None]:
-    """`DECODE_STEPS` single-token steps on a cache of the length of `ids`, which is restored afterwards."""
-    cache = DynamicCache(config=model.config)
-    context = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-    with torch.no_grad(), context:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    def step() -> None:
-        context = torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
-        with torch.no_grad(), context:
-            for i in range(DECODE_STEPS):
-                model(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
-        cache.crop(-DECODE_STEPS)
-
-    return step
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, one after another in every round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def peak_growth(step: Callable[[], None]) -> float | None:
-    """MiB by which the peak of resident memory during a step exceeds what is resident before; None off Linux."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-
-    def read(field: str) -> int:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
-        return int(line.split()[1])
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = read("VmRSS")
-    reset.write_text("5")  # resets VmHWM, the peak
-    step()
-    return (read("VmHWM") - before) / 1024
-
-
-def random_ids(length: int) -> torch.Tensor:
-    return torch.randint(0, 4096, (1, length))
-
-
-def bench_cpu(rounds: int, bf16: bool) -> list[dict]:
-    models = build_models()
-    rows = []
-    for length in LENGTHS:
-        steps = {name: train_step(m.train(), random_ids(length), bf16) for name, m in models.items()}
-        times = interleaved(steps, rounds)
-        memory = {name: peak_growth(step) for name, step in steps.items()}
-        rows.append(row(f"train, T = {length}", length, times, memory))
-        print_row(rows[-1])
-    for length in CACHES:
-        steps = {name: decode(m.eval(), random_ids(length), bf16) for name, m in models.items()}
-        times = interleaved(steps, rounds)
-        rows.append(row(f"decode, cache {length}", DECODE_STEPS, times, {}))
-        print_row(rows[-1])
-    return rows
-
-
-def row(what: str, tokens: int, times: dict[str, float], memory: dict[str, float | None]) -> dict:
-    return {
-        "what": what,
-        "tokens_per_second": {name: tokens / t for name, t in times.items()},
-        "ratio_to": {name: t / times["ModMoE"] for name, t in times.items() if name != "ModMoE"},
-        "peak_growth_mib": memory,
-    }
-
-
-def print_header(names: list[str]) -> None:
-    print(f"{'':20}" + "".join(f"{n + ' tok/s':>18}" for n in names), end="")
-    print(f"{'x JetMoE':>10}{'x Llama':>10}   peak memory growth, MiB")
-
-
-def print_row(row: dict) -> None:
-    speeds = "".join(f"{v:18,.0f}" for v in row["tokens_per_second"].values())
-    ratios = "".join(f"{v:10.2f}" for v in row["ratio_to"].values())
-    memory = ", ".join("?" if v is None else f"{v:.0f}" for v in row["peak_growth_mib"].values())
-    print(f"{row['what']:20}{speeds}{ratios}   {memory}", flush=True)
-
-
-def environment(bf16: bool) -> dict:
-    model_name = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x),
-        "?",
-    )
-    return {
-        "cpu": model_name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": "bf16 autocast" if bf16 else "fp32",
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu"])
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default 7)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast instead of fp32")
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
     torch.set_num_threads(arguments.threads)
-    about = environment(arguments.bf16)
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
-    print_header(["ModMoE", "HF JetMoE", "HF Llama"])
-    rows = bench_cpu(arguments.rounds, arguments.bf16)
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"environment": about, "rows": rows}, indent=2) + "\n")
+    torch.manual_seed(0)
+    device = torch.device("cuda" if arguments.device == "gpu" else "cpu")
+    dtype = torch.bfloat16 if arguments.bf16 or device.type == "cuda" else torch.float32
+    try:
+        rounds = _plan(arguments, device, dtype)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _run(arguments, device, dtype, rounds)
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=["cpu", "gpu"])
+    parser.add_argument(
+        "--rounds", type=_positive, default=20, help=f"that count; whole models get a {MODEL_SHARE}th (default 20)"
+    )
+    parser.add_argument("--threads", type=_positive, default=os.cpu_count(), help="of torch (default: all cores)")
+    parser.add_argument("--bf16", action="store_true", help="instead of fp32 on the CPU; on a GPU it always is bf16")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose name has this in it, * for anything")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="also what early stop saves on a trained model")
+    parser.add_argument("--length", type=_positive, default=2048, help="tokens of text for --weights (default 2048)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write everything as JSON")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _plan(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+    """The number of rounds of each row that was asked for, by name."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this torch finds no CUDA device: run `cpu`, or install a CUDA build of torch")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.parent}")
+    few = math.ceil(arguments.rounds / MODEL_SHARE)
+    rounds = {w.name: few if w.whole_model else arguments.rounds for w in _workloads(arguments, device, dtype)}
+    chosen = {name: number for name, number in rounds.items() if fnmatch(name, f"*{arguments.only}*")}
+    if not chosen:
+        raise ValueError(f"--only {arguments.only!r} matches no row. They are:\n" + "\n".join(rounds))
+    return chosen
+
+
+def _run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype, rounds: dict[str, int]) -> None:
+    stopwatch = stopwatch_for(device)
+    ceiling = measure_ceiling(device, dtype, stopwatch, min(arguments.rounds, 10))
+    about = environment(device, "bf16" if dtype == torch.bfloat16 else "fp32", ceiling)
+    print(header(about))
+    rows: list[Row] = []
+    with tqdm(total=sum(rounds.values()), unit="round", disable=None) as progress:
+        for workload in _workloads(arguments, device, dtype):
+            if workload.name not in rounds:
+                continue
+            progress.set_description(workload.name)
+            rows.append(measure(workload, stopwatch, ceiling, rounds[workload.name], progress.update))
+            progress.write(rows[-1].text())
+            if arguments.out:
+                write_json(arguments.out, about, rows)  # after each row, so that an interrupted run leaves them
+    for absent in absentees(rows):
+        print(f"absent in {len(absent['rows'])} row(s): {absent['contender']}: {absent['reason']}")
+
+
+def _workloads(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Workload]:
+    """Twice asked for, once for their names: they are cheap, and what they have drawn goes with them."""
+    yield from suites.gpu(device, dtype) if device.type == "cuda" else suites.cpu(dtype)
+    if arguments.weights:
+        backend = "triton" if device.type == "cuda" else "cpp"
+        yield from trained(arguments.weights, arguments.length, backend, device, dtype)
 
 
 if __name__ == "__main__":

@@ -75,14 +75,15 @@ inline typename Simd<T, Bytes>::V exp_nonpositive(typename Simd<T, Bytes>::V x) 
   return result * bit_cast<V>(exponent << S::kMantissaBits);
 }
 
-// sigmoid(z) and 1 - sigmoid(z), each exact to rounding, also where the other is close to 1.
+// sigmoid(z) and 1 - sigmoid(z), each exact to rounding: the smaller as a product, the larger as its difference from 1,
+// which rounds by less than 1 / (1 + e) does (the roundings of thousands of factors near 1 add up).
 template <typename T, int Bytes>
 inline void sigmoid(typename Simd<T, Bytes>::V z, typename Simd<T, Bytes>::V& beta, typename Simd<T, Bytes>::V& rest) {
   using V = typename Simd<T, Bytes>::V;
   const auto positive = z >= T(0);
   const V e = exp_nonpositive<T, Bytes>(positive ? -z : z);
-  const V larger = T(1) / (T(1) + e);
-  const V smaller = e * larger;
+  const V smaller = e / (T(1) + e);
+  const V larger = T(1) - smaller;
   beta = positive ? larger : smaller;
   rest = positive ? smaller : larger;
 }
