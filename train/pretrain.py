@@ -5,7 +5,8 @@ Pretrain a modular language model.
 
 Any key of the config can be given on the command line: --optimization.learning_rate 3e-4 --init DIR. Running the same
 command again resumes. `python train/pretrain.py` works too, as a single process. Exit codes: 0 finished; 2 mistake in
-the configuration or the data; 130 and 143 interrupted by Ctrl-C or SIGTERM, after saving; 1 anything else.
+the configuration or the data; 129, 130 and 143 interrupted by a closed terminal, Ctrl-C or SIGTERM, after saving; 1
+anything else.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from modmoe.training.bootstrap import is_main_process, prepare_process
+from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.run_config import RunConfig, describe_keys, load_run_config
-from modmoe.training.yaml_config import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # It warns that DeepSpeed's accumulation steps differ from its own, which the Trainer leaves unused.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # It warns that intervals differ from those of the checkpoint; callbacks.Intervals takes the new ones.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     disable_progress_bar()  # of loading and saving; training has its own
     try:
         run = load_run_config(known.config, overrides)
@@ -44,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         return train(run)
     except ConfigError as error:
         return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
     except KeyboardInterrupt:  # while the trainer was not there to save
         return 130
 
@@ -51,20 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
 def train(run: RunConfig) -> int:
     """Train, evaluate, export and report; returns the exit code."""
     # DeepSpeed reads its environment when these import it, after prepare_process.
-    from modmoe.training.checkpoint import CheckpointError
     from modmoe.training.pretraining import pretrain
 
-    try:
-        code = pretrain(run)
-    except CheckpointError as error:
-        return _fail(error, 1)
+    code = pretrain(run)
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
 
 
 def _fail(error: Exception, code: int) -> int:
-    if is_main_process():
+    # All ranks find the same mistakes, but a disk may be full for one of them.
+    if is_main_process() or not isinstance(error, ConfigError):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     return code

@@ -263,9 +263,10 @@ def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy reports a short write without a number.
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, None):
             raise OSError(
-                error.errno,
+                error.errno or errno.ENOSPC,
                 f"no space left to write {path}: finished shards are kept and the next run goes on after "
                 "them; free some space or choose another cache_dir",
             ) from error

@@ -1,10 +1,10 @@
-"""Trainer callbacks: metrics.jsonl, TensorBoard, console, stopping in time, expert balancing."""
+"""Trainer callbacks: metrics.jsonl, TensorBoard, console, intervals, stopping in time, expert balancing."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from modmoe.training.bootstrap import is_main_process
+from modmoe.training.clock import Clock
 from modmoe.training.router_load import RouterLoads
 
 Logs = dict[str, float]
@@ -39,8 +40,6 @@ class MetricsFile(TrainerCallback):
 
     def _forget_after(self, step: int) -> None:
         """Drop records of steps that are going to be repeated, and a line that a crash cut off."""
-        if not self.path.exists():
-            return
         kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept if step > 0))
@@ -48,7 +47,9 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete records of a metrics.jsonl."""
+    """All complete records of a metrics.jsonl; none if there is no such file."""
+    if not path.exists():
+        return []
     records = []
     for line in path.read_text().splitlines():
         try:
@@ -84,6 +85,13 @@ class TensorBoard(TrainerCallback):
             self.writer = None
 
 
+class Intervals(TrainerCallback):
+    """Logs, evaluates and saves as often as this launch says; the Trainer would go on as the checkpoint's did."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class Console(TrainerCallback):
     """A progress bar on terminals and one line per record everywhere."""
 
@@ -105,7 +113,9 @@ class Console(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None, **_: Any
     ) -> None:
         if self.bar is not None and logs:
-            self.bar.write(f"step {state.global_step}/{state.max_steps}  {console_line(logs)}", file=sys.stdout)
+            # The reader of a pipe and the window of a terminal may go before the run ends.
+            with contextlib.suppress(OSError):
+                self.bar.write(f"step {state.global_step}/{state.max_steps}  {console_line(logs)}", file=sys.stdout)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
@@ -132,41 +142,51 @@ def console_line(logs: Logs) -> str:
 
 class Stop(TrainerCallback):
     """
-    Ends training after the current step, with a checkpoint: on SIGTERM, Ctrl-C, a dead launcher, a time limit.
+    Ends training after the current step, with a checkpoint: on SIGTERM, Ctrl-C, a closed terminal, a dead launcher, a
+    time limit.
 
-    All ranks stop at the same step. A second Ctrl-C leaves at once.
+    All ranks stop at the same step and see the same time. A second Ctrl-C leaves at once.
+
+    Args:
+        clock: set once per step.
 
     Attributes:
         exit_code: 128 + the signal's number if training was interrupted (as shells count), else 0.
     """
 
-    _TIME_IS_UP = 1
-
-    def __init__(self, max_minutes: float | None = None) -> None:
-        self.max_minutes = max_minutes
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.exit_code = 0
         self._requested = 0
+        self._agreed = 0
         self._interrupted = False
-        self._deadline: float | None = None
         self._previous: dict[int, Any] = {}
         self._launcher = _Launcher()
         self._group: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.max_minutes is not None:
-            self._deadline = time.monotonic() + 60 * self.max_minutes
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.clock.start()
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which is how nohup starts a run
+            signals.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in signals}
         if args.world_size > 1:
             # A group of its own on the host, so that asking every step does not wait for the device.
             self._group = dist.new_group(backend="gloo")
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # Before the learning rate of the next step is computed, which follows the clock.
+        self._agree()
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        request = self._agreed_request()
-        if request:
+        if self._agreed or self.clock.share == 1.0:
+            control.should_log = True
             control.should_save = True
             control.should_training_stop = True
-        if request > self._TIME_IS_UP and state.global_step < state.max_steps:
-            self.exit_code = request
+        if self._agreed and state.global_step < state.max_steps:
+            self.exit_code = self._agreed
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for number, handler in self._previous.items():
@@ -180,19 +200,16 @@ class Stop(TrainerCallback):
         self._requested = self._requested or 128 + number
         if is_main_process():
             hint = "; press Ctrl-C again to leave at once" if number == signal.SIGINT else ""
-            os.write(2, f"\nfinishing this step and saving{hint}\n".encode())
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, f"\nfinishing this step and saving{hint}\n".encode())
 
-    def _agreed_request(self) -> int:
-        request = self._requested
-        if not request and self._launcher.is_gone():
-            request = 128 + signal.SIGTERM
-        if not request and self._deadline is not None and time.monotonic() > self._deadline:
-            request = self._TIME_IS_UP
-        if self._group is None:
-            return request
-        agreed = torch.tensor(request)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
-        return int(agreed)
+    def _agree(self) -> None:
+        if not self._requested and self._launcher.is_gone():
+            self._requested = 128 + signal.SIGTERM
+        agreed = torch.tensor([self._requested, self.clock.now()], dtype=torch.float64)
+        if self._group is not None:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
+        self._agreed, self.clock.seconds = int(agreed[0]), float(agreed[1])
 
 
 class _Launcher:

@@ -37,7 +37,10 @@ def evaluate_domains(
     autocast: Callable[[], Any],
 ) -> dict[str, DomainScore]:
     """
-    Score a causal LM on the first validation blocks of each domain. Ranks share the work; all get the result.
+    Score a causal LM on validation blocks of each domain. Ranks share the work; all get the result.
+
+    Where `max_blocks` leaves some out, those that are taken lie evenly over the whole split, whose bytes per token
+    and compressed sizes the statistics hold.
 
     Args:
         model: as wrapped for training; left in the mode it was in.
@@ -52,10 +55,11 @@ def evaluate_domains(
     model.eval()
     scores = {}
     for name, blocks in validation.items():
-        count = min(max_blocks, len(blocks))  # type: ignore[arg-type]
+        total = len(blocks)  # type: ignore[arg-type]
+        count = min(max_blocks, total)
         loads, sums = RouterLoads(), torch.zeros(2, dtype=torch.float64, device=device)
         for start, is_mine in _share(count, batch_size):
-            batch = collate_packed([blocks[i] for i in range(start, min(start + batch_size, count))])
+            batch = collate_packed([blocks[i * total // count] for i in range(start, min(start + batch_size, count))])
             batch = {key: value.to(device) for key, value in batch.items()}
             with autocast():
                 outputs = model(**batch, use_cache=False)

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
-from modmoe.models import ModMoEConfig
+from modmoe.models import ModMoEConfig, ModMoEForCausalLM
+from modmoe.training.errors import ConfigError
 from modmoe.training.run_config import RunConfig, build_model_config
-from modmoe.training.yaml_config import ConfigError
 
 
-def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ModMoEForCausalLM:
     """
     Make the model in fp32, with the tokenizer's vocabulary and special tokens.
 
@@ -22,20 +23,55 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     if run.init is None:
         return AutoModelForCausalLM.from_config(model_config(run.model, tokenizer))
     check_saved_model(run.init)
-    config = model_config(run.model, tokenizer) if run.model else AutoConfig.from_pretrained(run.init)
-    if len(tokenizer) > config.vocab_size:
+    if not has_vocabulary(run.init, tokenizer):
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model in {run.init} {config.vocab_size}: use the "
-            f"tokenizer saved with it, tokenizer.name: {run.init}"
+            f"the model in {run.init} was trained with another tokenizer than this run's: its embeddings would belong "
+            f"to other tokens; use the one saved with it, tokenizer: {{name: {run.init}}}"
         )
     try:
+        config = model_config(run.model, tokenizer) if run.model else _saved_config(run.init, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(run.init, config=config, dtype="float32")
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot start from {run.init}: {error}") from None
+    if not isinstance(model, ModMoEForCausalLM):
+        raise ConfigError(f"cannot start from {run.init}: it holds a {type(model).__name__}, not a modular model")
     return model
 
 
-def model_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> ModMoEConfig:
+def has_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """
+    Whether the tokenizer saved in a directory, if one is, gives every token the same id as this one.
+
+    Raises:
+        ConfigError: if the saved one is damaged.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        return True
+    try:
+        saved = Tokenizer.from_file(str(file))
+    except Exception as error:  # the only class that tokenizers raises
+        raise ConfigError(f"{file} is damaged: {error}") from None
+    return _vocabulary(saved) == _vocabulary(tokenizer.backend_tokenizer)
+
+
+def _vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    return tokenizer.get_vocab(with_added_tokens=True)
+
+
+def _saved_config(directory: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    if num_ids(tokenizer) > config.vocab_size:
+        raise ValueError(f"the tokenizer has {num_ids(tokenizer)} ids and the model {config.vocab_size}")
+    return config
+
+
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Smallest vocabulary that holds every id; ids may have gaps."""
+    return 1 + max(_vocabulary(tokenizer.backend_tokenizer).values())
+
+
+def model_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> ModMoEConfig:
     """
     Complete model fields by what the tokenizer decides.
 
@@ -43,16 +79,15 @@ def model_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         ConfigError: if the model's vocabulary is too small.
     """
     fields = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": num_ids(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         **fields,
     }
-    if fields["vocab_size"] < len(tokenizer):
-        raise ConfigError(
-            f"model.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}; leave it out"
-        )
+    size, needed = fields["vocab_size"], num_ids(tokenizer)
+    if size < needed:
+        raise ConfigError(f"model.vocab_size={size} is smaller than the tokenizer's {needed}; leave it out")
     return build_model_config(fields)
 
 
@@ -80,7 +115,11 @@ def check_saved_model(directory: Path) -> None:
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ConfigError(f"{index} is damaged: it names no weight files") from None
+        return [directory / name for name in sorted(names)]
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))

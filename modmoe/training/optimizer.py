@@ -1,13 +1,13 @@
 """The optimizer, its parameter groups and the learning-rate schedule."""
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from modmoe.training.clock import Clock
 from modmoe.training.run_config import OptimizationConfig
 
 
@@ -40,20 +40,18 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizationConfig], torch.optim.Opti
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps: int, max_minutes: float | None = None
+    optimizer: torch.optim.Optimizer, config: OptimizationConfig, steps: int, clock: Clock
 ) -> LambdaLR:
     """
     The schedule as a multiplier on each group's learning rate.
 
-    With `max_minutes` it runs by the clock where the clock is ahead of the steps, so that a slow machine, which will
-    be stopped before its last step, still ends at the lowest rate.
+    It runs by the clock where the clock is ahead of the steps, so that a slow machine, which will be stopped before
+    its last step, still ends at the lowest rate.
     """
-    start = time.monotonic()
 
     def ratio(step: int) -> float:
-        spent = 0.0 if max_minutes is None else (time.monotonic() - start) / (60 * max_minutes)
         # The warm-up goes by steps alone: it is there for the optimizer's moments.
-        ahead = round(min(spent, 1.0) * steps) if step >= config.warmup_steps else 0
+        ahead = round(clock.share * steps) if step >= config.warmup_steps else 0
         return lr_ratio(max(step, ahead), steps, config)
 
     return LambdaLR(optimizer, ratio)

@@ -1,5 +1,6 @@
 """A pretraining run from its configuration to the report."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -13,18 +14,14 @@ from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE
 from modmoe.training.bootstrap import world_size
-from modmoe.training.checkpoint import (
-    check_world_size,
-    claim_output_dir,
-    clear_foreign_run,
-    save_run_file,
-)
-from modmoe.training.initialization import build_model
+from modmoe.training.checkpoint import check_world_size, writing
+from modmoe.training.errors import ConfigError, RunError
+from modmoe.training.initialization import build_model, has_vocabulary
+from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
 from modmoe.training.router_load import routed_layers
 from modmoe.training.run_config import RunConfig
 from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
-from modmoe.training.yaml_config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +35,31 @@ def pretrain(run: RunConfig) -> int:
 
     Raises:
         ConfigError: for mistakes in the configuration or the data.
-        CheckpointError: if a checkpoint cannot be written or used.
+        RunError: if something cannot be written, a checkpoint cannot be used, or training diverges.
     """
-    checkpoint = claim_output_dir(run)
-    if checkpoint is not None:
-        check_world_size(checkpoint, world_size())
     args = training_arguments(run)
+    with locked(run.output_dir) if args.process_index == 0 else contextlib.nullcontext():
+        return _pretrain(run, args)
+
+
+def _pretrain(run: RunConfig, args: TrainingArguments) -> int:
     set_seed(run.seed)
     with args.main_process_first(desc="preparing data"):
+        checkpoint = claim_output_dir(run)
+        if checkpoint is not None:
+            check_world_size(checkpoint, world_size())
         data = _prepare_data(run)
+    if checkpoint is not None and not has_vocabulary(checkpoint, data.tokenizer):
+        raise ConfigError(
+            f"the tokenizer is not the one that {checkpoint} was trained with, perhaps because the text it is trained "
+            "on has changed: restore the text, or choose another output_dir to start anew"
+        )
     model = build_model(run, data.tokenizer)
     facts = _facts(run)
     if args.process_index == 0:
-        clear_foreign_run(run)
-        save_run_file(run, run.output_dir, facts)
+        with writing(run.output_dir, run.output_dir):
+            clear_foreign_run(run)
+            save_run_file(run, run.output_dir, facts)
         logger.info(summary(run, model, data, facts))
     trainer = ModMoETrainer(model, args, run, data, facts)
     if checkpoint is not None and args.process_index == 0:
@@ -71,20 +79,24 @@ def _prepare_data(run: RunConfig) -> PreparedData:
         return prepare_data(
             run.data.sources, run.tokenizer, run.data.sequence_length, run.data.cache_dir, run.seed, blocks
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         raise ConfigError(f"data: {error}") from error
+    except (OSError, RuntimeError) as error:  # a full disk, or text that changed beside its cache
+        raise RunError(f"data: {error}") from error
 
 
 def _finish(trainer: ModMoETrainer, run: RunConfig, data: PreparedData) -> None:
     """Final evaluation, export, pictures, samples."""
     scores = trainer.score_domains(run.evaluation.final_blocks_per_domain)
-    final = run.output_dir / "final"
-    trainer.save_final(final)
+    final = run.output_dir / FINAL
+    with writing(final, run.output_dir):
+        trainer.save_final(final)
     if not trainer.args.should_save:
         return
-    write_expert_use(scores, routed_layers(trainer.model.config), run.output_dir)
-    draw_loss(run.output_dir / "metrics.jsonl", run.output_dir / "loss.png")
-    write_results(scores, data.statistics, run.output_dir)
+    with writing(run.output_dir, run.output_dir):
+        write_expert_use(scores, routed_layers(trainer.model.config), run.output_dir)
+        draw_loss(run.output_dir / "metrics.jsonl", run.output_dir / "loss.png")
+        write_results(scores, data.statistics, run.output_dir)
     print(score_table(scores, data.statistics))
     model = load_final(final, trainer.args)
     for domain in data.statistics:
@@ -106,12 +118,8 @@ def _facts(run: RunConfig) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": run_precision(run),
         "op backend": os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
-        "engine": "plain PyTorch" if run.deepspeed is None else f"DeepSpeed ZeRO-{_zero_stage(run.deepspeed)}",
+        "engine": "plain PyTorch" if run.deepspeed is None else f"DeepSpeed ZeRO-{run.zero_stage}",
     }
-
-
-def _zero_stage(section: dict[str, Any]) -> int:
-    return section.get("zero_optimization", {}).get("stage", 0)
 
 
 def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts: dict[str, Any]) -> str:

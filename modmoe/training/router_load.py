@@ -1,6 +1,6 @@
 """How evenly routers spread tokens over experts: sums kept on the device and a few bounded figures per router."""
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,20 +29,12 @@ class RouterLoads:
     def add(self, outputs: Any) -> None:
         """Count one forward pass of a causal LM; models without routers count nothing."""
         for side, field in SIDES.items():
-            self._add_side(side, getattr(outputs, field, None) or ())
-
-    def merge(self, other: Self) -> None:
-        """Count what another object has counted."""
-        for side, loads in other.sums.items():
-            self._add_side(side, loads)
-
-    def _add_side(self, side: str, loads: Any) -> None:
-        # float64 holds every count that occurs exactly.
-        loads = [load.detach().to(torch.float64) for load in loads]
-        if side in self.sums:
-            loads = [total + load for total, load in zip(self.sums[side], loads, strict=True)]
-        if loads:
-            self.sums[side] = loads
+            # float64 holds every count that occurs exactly.
+            loads = [load.detach().to(torch.float64) for load in getattr(outputs, field, None) or ()]
+            if side in self.sums:
+                loads = [total + load for total, load in zip(self.sums[side], loads, strict=True)]
+            if loads:
+                self.sums[side] = loads
 
     def all_reduce(self) -> None:
         """Sum over all ranks, in one collective."""

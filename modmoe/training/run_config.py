@@ -4,19 +4,39 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from modmoe.data.config import SourceConfig, TokenizerConfig
 from modmoe.models.configuration_modmoe import ModMoEConfig
-from modmoe.training.yaml_config import ConfigError, apply_override, load_yaml, parse_overrides
+from modmoe.training.errors import ConfigError
+from modmoe.training.yaml_config import apply_override, load_yaml, parse_overrides
+
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Section(BaseModel):
     """Base of the sections: unknown keys are errors, values do not change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes, no, on and off as truth values, and pydantic those as the numbers 1 and 0.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must not be a truth value, got {value} (put a word such as 'no' in quotes)")
+        return value
 
 
 class DataConfig(Section):
@@ -26,7 +46,7 @@ class DataConfig(Section):
     """Domains of text; each says where it comes from and its weight."""
     sequence_length: int = Field(default=256, ge=2)
     """Tokens per block; documents are packed into blocks."""
-    cache_dir: Path = Path(".cache/modmoe")
+    cache_dir: UserPath = Path(".cache/modmoe")
     """Where trained tokenizers and tokenised text are kept, relative to the working directory."""
     workers: int = Field(default=0, ge=0)
     """Processes per rank that read data ahead; 0 reads in the training process."""
@@ -45,7 +65,7 @@ class OptimizationConfig(Section):
     """Forward passes per optimizer step and process."""
     optimizer: Literal["adamw"] = "adamw"
     """The update rule."""
-    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     """Learning rate after the warm-up: falling in a line or a half cosine, constant, or constant and then linear."""
@@ -77,8 +97,6 @@ class OptimizationConfig(Section):
     def _check_length(self) -> Self:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError(f"give exactly one of steps and tokens, got steps={self.steps}, tokens={self.tokens}")
-        if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} is more than steps={self.steps}")
         return self
 
 
@@ -130,14 +148,15 @@ class RunConfig(Section):
     """Checkpoints."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
-    output_dir: Path
+    output_dir: UserPath
     """Where everything is written, relative to the working directory."""
-    init: Path | None = None
+    init: UserPath | None = None
     """Directory with a saved model whose weights training starts from."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the initial weights, the data order and everything else that is random."""
     max_minutes: float | None = Field(default=None, gt=0)
-    """Stop training after this wall-clock time and finish as usual; the learning rate falls in time for it."""
+    """Stop training after this wall-clock time over all launches, evaluations and saves included, and finish as usual;
+    the learning rate falls in time for it."""
     overwrite_output: bool = False
     """Whether to delete another run that `output_dir` holds; refused otherwise."""
 
@@ -150,16 +169,29 @@ class RunConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _check_deepspeed(cls, section: dict[str, Any] | None) -> dict[str, Any] | None:
-        for key in ("optimizer", "scheduler"):
-            if section and key in section:
+        for key in _DECIDED_BY_OPTIMIZATION:
+            if section and section.get(key, "auto") != "auto":
                 raise ValueError(f"remove {key!r}: the section 'optimization' decides it")
+        if section is not None:
+            _check_zero_stage(section)
         return section
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:
         if not self.model and self.init is None:
             raise ValueError("give a 'model' section, or 'init' to start from a saved model")
+        stored_in_bf16 = (self.deepspeed or {}).get("bf16", {}).get("enabled", False)
+        if stored_in_bf16 not in (False, "auto") and self.optimization.precision != "bf16":
+            raise ValueError(
+                f"deepspeed.bf16.enabled={stored_in_bf16} does not fit optimization.precision="
+                f"{self.optimization.precision}: make it bf16, or enabled auto"
+            )
         return self
+
+    @property
+    def zero_stage(self) -> int | None:
+        """How far DeepSpeed shards; None without DeepSpeed."""
+        return None if self.deepspeed is None else self.deepspeed["zero_optimization"].get("stage", 0)
 
     def blocks_per_step(self, world_size: int) -> int:
         """Blocks of one optimizer step on all processes."""
@@ -170,10 +202,40 @@ class RunConfig(Section):
         return self.blocks_per_step(world_size) * self.data.sequence_length
 
     def steps(self, world_size: int) -> int:
-        """Optimizer steps of the run."""
-        if self.optimization.steps is not None:
-            return self.optimization.steps
-        return math.ceil((self.optimization.tokens or 0) / self.tokens_per_step(world_size))
+        """
+        Optimizer steps of the run.
+
+        Raises:
+            ConfigError: if the warm-up takes longer.
+        """
+        length = self.optimization
+        steps = length.steps or math.ceil((length.tokens or 0) / self.tokens_per_step(world_size))
+        if length.warmup_steps > steps:
+            raise ConfigError(f"optimization: warmup_steps={length.warmup_steps} is more than the run's {steps} steps")
+        return steps
+
+
+_DECIDED_BY_OPTIMIZATION = (
+    "optimizer",
+    "scheduler",
+    "gradient_clipping",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+
+
+def _check_zero_stage(section: dict[str, Any]) -> None:
+    for key in ("zero_optimization", "bf16", "fp16"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"{key} must be a section such as {{stage: 1}}, got {section[key]!r}")
+    if "zero_optimization" not in section:
+        raise ValueError("zero_optimization is required: {stage: 0} shards nothing, up to {stage: 3}")
+    stage = section["zero_optimization"].get("stage", 0)
+    if stage not in (0, 1, 2, 3) or not isinstance(stage, int):
+        raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    if section.get("fp16", {}).get("enabled", False):
+        raise ValueError("remove 'fp16': optimization.precision is fp32 or bf16")
 
 
 def build_model_config(fields: dict[str, Any]) -> ModMoEConfig:
@@ -210,7 +272,7 @@ def load_run_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
     overrides = parse_overrides(arguments)
     for key, value in overrides:
         if key in _FILE_KEYS:
-            apply_override(content, key, str(Path(value).absolute()) if isinstance(value, str) else value)
+            apply_override(content, key, str(_beside(value, Path.cwd())) if isinstance(value, str) else value)
     _read_referenced_files(content, path.parent)
     for key, value in overrides:
         if key not in _FILE_KEYS:
@@ -239,9 +301,13 @@ def _read_referenced_files(content: dict[str, Any], base: Path) -> None:
         preset = model.pop("preset")
         if not isinstance(preset, str):
             raise ConfigError(f"model.preset must be the path of a YAML file, got {preset!r}")
-        content["model"] = load_yaml(base / preset) | model
+        content["model"] = load_yaml(_beside(preset, base)) | model
     if isinstance(content.get("deepspeed"), str):
-        content["deepspeed"] = load_yaml(base / content["deepspeed"])
+        content["deepspeed"] = load_yaml(_beside(content["deepspeed"], base))
+
+
+def _beside(path: str, base: Path) -> Path:
+    return base / Path(path).expanduser()
 
 
 def _describe(detail: Any) -> str:
@@ -250,9 +316,12 @@ def _describe(detail: Any) -> str:
         return f"unknown key {key}; {_suggest(detail['loc'])}"
     if detail["type"] == "missing":
         return f"{key} is required"
+    if detail["type"] == "path_type":
+        return f"{key} must be a path, got {detail['input']!r}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
+        # Some messages name their section themselves, for use without this module.
+        return message if not key or message.startswith(f"{key}:") else f"{key}: {message}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
 
 

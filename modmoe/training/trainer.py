@@ -5,6 +5,7 @@ checkpoints that are either complete or do not count.
 """
 
 import contextlib
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
@@ -21,17 +21,21 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCont
 from modmoe.data import PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.training.bootstrap import world_size
-from modmoe.training.callbacks import Console, MetricsFile, SelectionBias, Stop, TensorBoard
+from modmoe.training.callbacks import Console, Intervals, MetricsFile, SelectionBias, Stop, TensorBoard
 from modmoe.training.checkpoint import (
-    CheckpointError,
     checkpoint_dir,
     latest_complete,
     mark_complete,
     prune_checkpoints,
-    save_run_file,
+    read_manifest,
+    step_of,
+    writing,
 )
+from modmoe.training.clock import Clock
+from modmoe.training.errors import RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
 from modmoe.training.optimizer import build_optimizer, build_scheduler
+from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
 from modmoe.training.router_load import RouterLoads, routed_layers
 from modmoe.training.run_config import RunConfig
@@ -53,7 +57,7 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any] | None:
     """
     The DeepSpeed configuration of the run: its own section, completed by what other sections decide.
 
-    bf16 means autocast over fp32 weights unless the section has a "bf16" part, which stores weights in bf16 and keeps
+    bf16 means autocast over fp32 weights unless the section enables "bf16", which stores weights in bf16 and keeps
     fp32 ones in the optimizer: less memory on GPUs, but router weights are rounded too.
     """
     if run.deepspeed is None:
@@ -65,31 +69,35 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any] | None:
         "zero_allow_untested_optimizer": True,
         **run.deepspeed,
     }
-    if run_precision(run) == "bf16" and "bf16" not in config:
+    if run_precision(run) == "bf16" and not stores_bf16(run):
         config.setdefault("torch_autocast", {"enabled": True, "dtype": "bfloat16"})
-    if _clips_in_optimizer(config):
+    if _clips_in_optimizer(run):
         config["gradient_clipping"] = 0.0
     return config
 
 
-def _clips_in_optimizer(config: dict[str, Any]) -> bool:
-    """DeepSpeed without ZeRO or low-precision weights clips but does not tell the norm, so that is done here."""
-    return not config.get("zero_optimization", {}).get("stage") and "bf16" not in config and "fp16" not in config
+def stores_bf16(run: RunConfig) -> bool:
+    """Whether DeepSpeed keeps the model's weights in bf16."""
+    return bool((run.deepspeed or {}).get("bf16", {}).get("enabled")) and run_precision(run) == "bf16"
+
+
+def _clips_in_optimizer(run: RunConfig) -> bool:
+    """DeepSpeed without ZeRO or bf16 weights clips but does not tell the norm, so that is done here."""
+    return run.zero_stage == 0 and not stores_bf16(run)
 
 
 def training_arguments(run: RunConfig) -> TrainingArguments:
     """Settings of the Hugging Face Trainer; making them also sets up the process group."""
-    optimization, deepspeed = run.optimization, deepspeed_config(run)
-    clips_itself = deepspeed is not None and _clips_in_optimizer(run.deepspeed or {})
+    optimization = run.optimization
     return TrainingArguments(
         output_dir=str(run.output_dir),
         max_steps=run.steps(world_size()),
         per_device_train_batch_size=optimization.micro_batch_size,
         gradient_accumulation_steps=optimization.gradient_accumulation,
         learning_rate=optimization.learning_rate,
-        max_grad_norm=0.0 if clips_itself else optimization.max_grad_norm,
-        bf16="bf16" in (deepspeed or {}) and run_precision(run) == "bf16",
-        deepspeed=deepspeed,
+        max_grad_norm=0.0 if _clips_in_optimizer(run) else optimization.max_grad_norm,
+        bf16=stores_bf16(run),
+        deepspeed=deepspeed_config(run),
         use_cpu=device_type() == "cpu",
         seed=run.seed,
         train_sampling_strategy="sequential",  # the data set is shuffled already
@@ -139,7 +147,8 @@ class ModMoETrainer(Trainer):
         self.run = run
         self.data = data
         self.facts = facts or {}
-        self.stop = Stop(run.max_minutes)
+        self.clock = Clock(run.max_minutes)
+        self.stop = Stop(self.clock)
         self._layers = routed_layers(model.config)
         self._step_loads = RouterLoads()
         self._window_loads = RouterLoads()
@@ -150,7 +159,7 @@ class ModMoETrainer(Trainer):
         self._step_batches: list[Batch] = []
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
-        callbacks = [MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
+        callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
         if model.config.use_selection_bias:
@@ -172,7 +181,7 @@ class ModMoETrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer = build_optimizer(model or self.model, self.run.optimization)
-            if self.is_deepspeed_enabled and _clips_in_optimizer(self.run.deepspeed or {}):
+            if _clips_in_optimizer(self.run):
                 optimizer.register_step_pre_hook(self._clip)
             self.optimizer = optimizer
         return self.optimizer
@@ -180,9 +189,7 @@ class ModMoETrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         if self.lr_scheduler is None:
             optimizer = optimizer or self.create_optimizer()
-            self.lr_scheduler = build_scheduler(
-                optimizer, self.run.optimization, num_training_steps, self.run.max_minutes
-            )
+            self.lr_scheduler = build_scheduler(optimizer, self.run.optimization, num_training_steps, self.clock)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -239,17 +246,16 @@ class ModMoETrainer(Trainer):
         return stack
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        stored_in_bf16 = self.args.bf16
-        precision = "fp32" if stored_in_bf16 else run_precision(self.run)
+        precision = "fp32" if stores_bf16(self.run) else run_precision(self.run)
         return autocast(precision, self.args.device.type)
 
     def _statistics_of_step(self, model: nn.Module) -> Any:
         """
-        First pass of `aux_scope="global_batch"`, None for other scopes.
+        First pass of `aux_scope="global_batch"`, None for other scopes and for models without routers.
 
         It draws the same random numbers as the training pass that follows.
         """
-        if self.model.config.aux_scope != "global_batch":
+        if self.model.config.aux_scope != "global_batch" or not any(self._layers.values()):
             return None
         bare = self.accelerator.unwrap_model(model)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -280,8 +286,17 @@ class ModMoETrainer(Trainer):
         if "train_runtime" in logs:
             return
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise RunError(self._divergence(f"the loss is {logs['loss']}"))
             logs = {key: value for key, value in logs.items() if value is not None} | self._window_metrics()
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        with writing(self.run.output_dir / "metrics.jsonl", self.run.output_dir):
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def _divergence(self, symptom: str) -> str:
+        good = latest_complete(self.run.output_dir)
+        remedy = "lower optimization.learning_rate or raise optimization.warmup_steps"
+        start = f", and start from the last finite weights with --init {good} and another output_dir" if good else ""
+        return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}{start}"
 
     def _window_metrics(self) -> dict[str, float]:
         """Means since the last record, over all ranks."""
@@ -302,8 +317,8 @@ class ModMoETrainer(Trainer):
         return metrics
 
     @contextlib.contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
-        """Time that does not count as training time."""
+    def _untimed(self) -> Iterator[None]:
+        """Time that the tokens per second leave out."""
         begun = time.perf_counter()
         yield
         self._pauses += time.perf_counter() - begun
@@ -311,13 +326,16 @@ class ModMoETrainer(Trainer):
     # ---- Training, evaluation, checkpoints ----
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        first = 0 if resume_from_checkpoint is None else int(resume_from_checkpoint.rpartition("-")[2])
+        first = 0
+        if resume_from_checkpoint is not None:
+            first = step_of(Path(resume_from_checkpoint))
+            self.clock.seconds = read_manifest(Path(resume_from_checkpoint))["seconds"]
         self._window_start = (first, time.perf_counter())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log loss and bits per byte of each domain."""
-        with self._off_the_clock():
+        with self._untimed():
             scores = self.score_domains(self.run.evaluation.blocks_per_domain)
         metrics: dict[str, float] = {}
         for name, score in scores.items():
@@ -341,35 +359,51 @@ class ModMoETrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self._is_finite():
+            raise RunError(self._divergence("the loss or a weight is not finite"))
         directory = checkpoint_dir(self.run.output_dir, self.state.global_step)
-        with self._off_the_clock():
+        with self._untimed():
             if self.args.should_save:
                 # What an interrupted save left behind must not mix with the new files.
                 shutil.rmtree(directory, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             try:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    save_run_file(self.run, directory, self.facts)
-                    mark_complete(directory, self.args.world_size)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise CheckpointError(self._save_failure(directory, error)) from error
+                with writing(directory, self.run.output_dir):
+                    super()._save_checkpoint(model, trial)
+                    self.accelerator.wait_for_everyone()
+                    if self.args.should_save:
+                        save_run_file(self.run, directory, self.facts)
+                        mark_complete(directory, self.args.world_size, self.clock.now())
+            except RunError:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
             if self.args.should_save:
                 prune_checkpoints(self.run.output_dir, self.run.checkpoint.keep)
 
-    def _save_failure(self, directory: Path, error: Exception) -> str:
-        shutil.rmtree(directory, ignore_errors=True)
-        previous = latest_complete(directory.parent)
-        state = f"{previous} is untouched: make room and run the same command to resume" if previous else "make room"
-        return f"could not write checkpoint {directory} ({error}); {state}"
+    def _is_finite(self) -> bool:
+        """Whether all weights and all losses since the last record are finite, on all ranks."""
+        # Under ZeRO-3 a parameter is empty and this rank's shard of it in ds_tensor. DeepSpeed skips steps that would
+        # make weights infinite, so that these alone do not tell.
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters()]
+        finite = torch.stack([part.isfinite().all() for part in (*shards, *self._window_sums.values())]).all().int()
+        if self.args.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
 
     def save_final(self, directory: Path) -> None:
-        """Write a plain Hugging Face directory with model, generation config and tokenizer. Called by all ranks."""
+        """
+        Write a plain Hugging Face directory with model, generation config and tokenizer. Called by all ranks.
+
+        It appears, and replaces the one before, only once it is complete.
+        """
         state_dict = self.accelerator.get_state_dict(self.model_wrapped)
         if self.args.should_save:
-            self.model.save_pretrained(directory, state_dict=state_dict)
-            self.data.tokenizer.save_pretrained(directory)
+            temporary = directory.with_name(f".{directory.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.model.save_pretrained(temporary, state_dict=state_dict)
+            self.data.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
         self.accelerator.wait_for_everyone()
 
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """A mistake in a run's configuration or command line; the message is meant for the user as it is."""
+from modmoe.training.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
@@ -37,11 +35,13 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ConfigError: if the file is missing, empty, not YAML or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    if path.suffix == ".json":
+        text = text.expandtabs()  # JSON may be indented by tabs, YAML may not
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -110,7 +110,7 @@ def _step_into(node: Any, part: str, key: str, prefix: str) -> Any:
 
 
 def _index(node: list, part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"override --{key}: {part!r} must be a number from 0 to {len(node) - 1}")
     return int(part)
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modmoe  # noqa: F401  (registers the model type)
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoint import checkpoints, defect
+from modmoe.training.errors import ConfigError, RunError
 
 from .conftest import CONFIG, SCRIPT
 
@@ -125,7 +126,15 @@ def pretrain(capsys, monkeypatch, workspace):
         code = module.main(["--config", str(config), *paths, *arguments])
         return code, capsys.readouterr().err.strip()
 
+    call.fail = module._fail
     return call
+
+
+@pytest.mark.parametrize(("error", "shown"), [(RunError("disk full"), "error: disk full\n"), (ConfigError("x"), "")])
+def test_what_ends_one_rank_alone_is_shown(pretrain, monkeypatch, capsys, error, shown):
+    monkeypatch.setenv("RANK", "1")
+    pretrain.fail(error, 1)
+    assert capsys.readouterr().err == shown
 
 
 def test_a_missing_config(pretrain, tmp_path):
@@ -152,7 +161,40 @@ def test_a_missing_init_directory(pretrain):
 def test_an_output_directory_with_another_run(pretrain, whole):
     code, error = pretrain(*LONG, "--deepspeed", str(SECTIONS / "cpu.json"), "--seed", "1", output="whole")
     assert code == 2
-    assert "holds checkpoints of another run (seed is 0 there and 1 here)" in error
+    assert "holds checkpoints or the final model of another run (seed is 0 there and 1 here)" in error
+
+
+def test_an_output_directory_below_a_file(pretrain, workspace):
+    (workspace / "file").write_text("")
+    code, error = pretrain(output="file/run")
+    assert (code, error) == (2, f"error: output_dir {workspace / 'file' / 'run'} cannot be made: a file is in the way")
+
+
+def test_a_cache_that_cannot_be_written(pretrain, workspace):
+    (workspace / "file").write_text("")
+    code, error = pretrain("--data.cache_dir", str(workspace / "file" / "cache"))
+    assert code == 1
+    assert error.splitlines()[-1].startswith("error: data: [Errno 20] Not a directory")
+
+
+def test_text_that_has_changed_since_the_checkpoint(pretrain, tmp_path):
+    """The tokenizer is trained on the text, so its ids would mean other tokens than those the model has learnt."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of a small text" for i in range(4_000)))
+    source = [{"name": "text", "files": [str(text)], "max_validation_bytes": 20_000}]
+    options = [
+        "--data.sources",
+        json.dumps(source),
+        "--optimization.steps",
+        "1",
+        "--evaluation.final_blocks_per_domain",
+        "1",
+    ]
+    assert pretrain(*options, output="changed")[0] == 0
+    text.write_text("\n\n".join(f"row {i} out of quite another story" for i in range(4_000)))
+    code, error = pretrain(*options, output="changed")
+    assert code == 2
+    assert "the tokenizer is not the one that" in error.splitlines()[-1]
 
 
 # ---- Slow ----
@@ -167,19 +209,6 @@ def test_ctrl_c_without_deepspeed_saves(launch, workspace):
     (saved,) = checkpoints(workspace / "interrupted")
     assert defect(saved) is None
     assert "plain PyTorch" in run.output
-
-
-@pytest.mark.slow
-def test_kill_9_falls_back_to_the_last_checkpoint(launch, workspace, whole):
-    run = launch("killed", *LONG)
-    run.wait_for("step 50/")
-    run.process.kill()
-    run.wait()
-    resumed = launch("killed", *LONG)
-    assert resumed.wait() == 0, resumed.output
-    assert "resuming from" in resumed.output
-    ours, theirs = weights(workspace / "killed"), weights(whole[1])
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

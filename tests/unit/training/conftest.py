@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from modmoe.training.checkpoint import checkpoint_dir, mark_complete
 from modmoe.training.run_config import check_run_config
 from modmoe.training.yaml_config import apply_override
 
@@ -21,6 +22,16 @@ MODEL = {
     "num_experts_per_tok": 2,
     "router_hidden_size": 8,
 }
+
+
+def save_checkpoint(output_dir, step, complete=True):
+    """What a checkpoint is to those that only look at its files."""
+    directory = checkpoint_dir(output_dir, step)
+    (directory / "shards").mkdir(parents=True)
+    (directory / "shards" / "weights").write_bytes(b"x" * 100)
+    if complete:
+        mark_complete(directory, world_size=1, seconds=0.0)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +83,8 @@ def make_run(content):
         changed = copy.deepcopy(content)
         for key, value in (overrides or {}).items():
             apply_override(changed, key, value)
-        return check_run_config(changed)
+        run = check_run_config(changed)
+        run.output_dir.mkdir(exist_ok=True)
+        return run
 
     return make

@@ -7,8 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from modmoe.training.callbacks import MetricsFile, Stop, console_line, read_metrics
+from modmoe.training.callbacks import Console, MetricsFile, Stop, console_line, read_metrics
+from modmoe.training.clock import Clock
 
 
 def state(step, max_steps=10):
@@ -27,6 +29,23 @@ def test_a_resumed_metrics_file_has_no_step_twice(tmp_path):
     second.on_train_begin(None, state(2), None)
     second.on_log(None, state(3), None, {"loss": 30.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_run_whose_metrics_were_deleted_goes_on(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.on_train_begin(None, state(2), None)
+    assert read_metrics(metrics.path) == []
+
+
+def test_a_console_that_has_gone_is_no_reason_to_stop(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = Console()
+    console.on_train_begin(None, state(0), None)
+    monkeypatch.setattr("sys.stdout", Gone())
+    console.on_log(None, state(1), None, {"eval/x": 1.0})
 
 
 def test_a_fresh_start_forgets_a_run_that_never_saved(tmp_path):
@@ -57,20 +76,21 @@ def test_the_console_shows_every_aux_loss_and_no_layer():
 
 
 def ended(stop, step):
-    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    control = SimpleNamespace(should_log=False, should_save=False, should_training_stop=False)
+    stop.on_optimizer_step(None, state(step), control)
     stop.on_step_end(None, state(step), control)
     return control.should_save and control.should_training_stop
 
 
 @pytest.fixture
 def stop():
-    made = Stop()
+    made = Stop(Clock())
     made.on_train_begin(SimpleNamespace(world_size=1), state(0), None)
     yield made
     made.on_train_end(None, state(0), None)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_and_gives_the_exit_code(stop, number, code):
     assert not ended(stop, 1)
     os.kill(os.getpid(), number)
@@ -96,7 +116,8 @@ def test_a_second_ctrl_c_leaves_at_once():
 import os, signal
 from types import SimpleNamespace
 from modmoe.training.callbacks import Stop
-stop = Stop()
+from modmoe.training.clock import Clock
+stop = Stop(Clock())
 stop.on_train_begin(SimpleNamespace(world_size=1), None, None)
 os.kill(os.getpid(), signal.SIGINT)
 os.kill(os.getpid(), signal.SIGINT)
@@ -106,9 +127,35 @@ os.kill(os.getpid(), signal.SIGINT)
     assert "press Ctrl-C again to leave at once" in result.stderr
 
 
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    made = Stop(Clock())
+    try:
+        made.on_train_begin(SimpleNamespace(world_size=1), state(0), None)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        made.on_train_end(None, state(0), None)
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_all_ranks_see_the_latest_time_and_request(monkeypatch):
+    """Learning rates follow the clock: on clocks of their own, replicas would drift apart."""
+    made = Stop(Clock(max_minutes=1.0))
+    made._group = "of two"
+
+    def all_reduce(tensor, op, group):
+        assert group == "of two"
+        tensor.copy_(torch.maximum(tensor, torch.tensor([143.0, 45.0], dtype=torch.float64)))  # the other rank's
+
+    monkeypatch.setattr("modmoe.training.callbacks.dist.all_reduce", all_reduce)
+    made.clock.start()
+    assert ended(made, 1)
+    assert (made.clock.share, made.exit_code) == (0.75, 143)
+
+
 def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
-    made = Stop()
+    made = Stop(Clock())
     made.on_train_begin(SimpleNamespace(world_size=1), state(0), None)
     assert signal.getsignal(signal.SIGTERM) != before
     made.on_train_end(None, state(0), None)

@@ -1,33 +1,20 @@
-"""Which checkpoints count, and whose output directory it is."""
+"""Which checkpoints count, and what they say."""
 
 import logging
 
 import pytest
-import yaml
 
 from modmoe.training.checkpoint import (
-    CheckpointError,
     check_world_size,
-    checkpoint_dir,
     checkpoints,
-    claim_output_dir,
-    clear_foreign_run,
     defect,
     latest_complete,
-    mark_complete,
     prune_checkpoints,
-    save_run_file,
+    writing,
 )
-from modmoe.training.yaml_config import ConfigError, load_yaml
+from modmoe.training.errors import RunError
 
-
-def save(output_dir, step, complete=True):
-    directory = checkpoint_dir(output_dir, step)
-    (directory / "shards").mkdir(parents=True)
-    (directory / "shards" / "weights").write_bytes(b"x" * 100)
-    if complete:
-        mark_complete(directory, world_size=1)
-    return directory
+from .conftest import save_checkpoint as save
 
 
 def test_the_newest_complete_checkpoint_counts(tmp_path, caplog):
@@ -50,6 +37,8 @@ def test_none_without_checkpoints(tmp_path):
         (lambda d: (d / "shards" / "weights").write_bytes(b"x" * 60), "shards/weights has 60 bytes instead of 100"),
         (lambda d: (d / "shards" / "weights").unlink(), "shards/weights is missing"),
         (lambda d: (d / "complete.json").write_text("{"), "its complete.json is damaged"),
+        (lambda d: (d / "complete.json").write_text("[]"), "its complete.json is damaged"),
+        (lambda d: (d / "complete.json").write_text('{"world_size": 1}'), "its complete.json is damaged"),
         (lambda d: (d / "complete.json").unlink(), "its save was interrupted"),
     ],
 )
@@ -71,70 +60,20 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path):
 def test_another_number_of_processes_is_refused(tmp_path):
     directory = save(tmp_path, 1)
     check_world_size(directory, 1)
-    with pytest.raises(CheckpointError, match="was written by 1 processes and cannot be resumed by 2: .*--init"):
+    with pytest.raises(RunError, match="was written by 1 processes and cannot be resumed by 2: .*--init"):
         check_world_size(directory, 2)
 
 
-def start(run):
-    save_run_file(run, run.output_dir, {"processes": 1})
-    return save(run.output_dir, 3)
+def test_a_failed_write_says_how_much_space_is_left_and_where_the_run_can_go_on(tmp_path):
+    kept = save(tmp_path, 3)
+    save(tmp_path, 4, complete=False)
+    with pytest.raises(RunError) as caught, writing(tmp_path / "x", tmp_path):
+        raise OSError("no space")
+    assert str(caught.value).startswith(f"could not write {tmp_path / 'x'}: no space (")
+    assert "MB of its disk are free" in str(caught.value)
+    assert str(caught.value).endswith(f"; {kept} is untouched: run the same command again to resume")
 
 
-def test_an_empty_directory_is_free(make_run):
-    assert claim_output_dir(make_run()) is None
-
-
-def test_the_same_run_resumes_whatever_its_logging(make_run):
-    checkpoint = start(make_run())
-    assert claim_output_dir(make_run({"logging.interval": 5, "max_minutes": 3, "checkpoint.keep": 1})) == checkpoint
-
-
-def test_another_run_is_refused_by_name_of_the_difference(make_run):
-    start(make_run())
-    with pytest.raises(ConfigError) as caught:
-        claim_output_dir(make_run({"model.hidden_size": 32, "optimization.learning_rate": 0.5}))
-    text = str(caught.value)
-    assert "holds checkpoints of another run" in text
-    assert "model.hidden_size is 16 there and 32 here" in text
-    assert "optimization.learning_rate is 0.01 there and 0.5 here" in text
-    assert "--overwrite_output true" in text
-
-
-def test_checkpoints_of_unknown_origin_are_refused(make_run):
-    run = make_run()
-    save(run.output_dir, 3)
-    with pytest.raises(ConfigError, match=r"run\.yaml is 'missing' there"):
-        claim_output_dir(run)
-
-
-def test_overwriting_deletes_the_other_run_and_nothing_else(make_run):
-    start(make_run())
-    run = make_run({"seed": 7, "overwrite_output": True})
-    (run.output_dir / "metrics.jsonl").write_text("{}\n")
-    (run.output_dir / "notes.txt").write_text("mine")
-    assert claim_output_dir(run) is None
-    clear_foreign_run(run)
-    assert [p.name for p in run.output_dir.iterdir()] == ["notes.txt"]
-
-
-def test_overwriting_does_not_touch_the_run_itself(make_run):
-    run = make_run({"overwrite_output": True})
-    checkpoint = start(run)
-    assert claim_output_dir(run) == checkpoint
-    clear_foreign_run(run)
-    assert checkpoints(run.output_dir) == [checkpoint]
-
-
-def test_a_file_in_the_way(make_run, tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        claim_output_dir(make_run())
-
-
-def test_the_run_file_is_a_config_with_versions(make_run, tmp_path):
-    run = make_run()
-    save_run_file(run, tmp_path, {"precision": "fp32"})
-    assert load_yaml(tmp_path / "run.yaml") == yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json")))
-    header = (tmp_path / "run.yaml").read_text()
-    assert "# torch: " in header
-    assert "# precision: fp32" in header
+def test_a_failed_write_into_a_directory_that_is_not_there(tmp_path):
+    with pytest.raises(RunError, match="could not write .*: no"), writing(tmp_path / "a" / "b", tmp_path / "a"):
+        raise OSError("no")

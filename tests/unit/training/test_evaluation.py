@@ -68,6 +68,12 @@ def test_it_leaves_the_mode_and_stops_at_max_blocks(model, blocks):
     assert result.loads.sums["ffn"][0].sum() == 3 * 12 * 2
 
 
+def test_a_part_is_taken_evenly_from_the_whole_split(model, blocks):
+    """Bytes per token and compressed sizes are those of the whole: its first blocks may be of another kind."""
+    part = score(model, blocks, max_blocks=3).nats_per_token
+    assert part == score(model, [blocks[i] for i in (0, 1, 3)]).nats_per_token
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 def test_ranks_run_equally_often_and_share_all_batches(monkeypatch, world):
     shares = []

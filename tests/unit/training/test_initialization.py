@@ -1,13 +1,16 @@
 """Starting from saved weights, and from directories that cannot be started from."""
 
+import json
+
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from modmoe import ModMoEForCausalLM
 from modmoe.data import train_bpe
+from modmoe.training.errors import ConfigError
 from modmoe.training.initialization import build_model, model_config
-from modmoe.training.yaml_config import ConfigError
 
 from .conftest import MODEL
 
@@ -92,10 +95,64 @@ def test_weights_of_another_model(make_run, tokenizer, saved, change):
     assert text.startswith(f"cannot start from {saved[0]}: ")
 
 
-def test_a_tokenizer_too_large_for_the_saved_model(make_run, saved):
+def test_a_tokenizer_too_large_for_the_saved_model(make_run, tokenizer, saved):
     larger = train_bpe(iter(["completely different words, and many more of them"] * 3), 290)
     text = refused(make_run({"init": str(saved[0]), "model": {}}), larger)
-    assert f"tokenizer.name: {saved[0]}" in text
+    assert f"cannot start from {saved[0]}: the tokenizer has {len(larger)} ids and the model {len(tokenizer)}" in text
+
+
+@pytest.mark.parametrize("changes", [{}, {"model": {}}])
+def test_another_tokenizer_of_the_same_size(make_run, tokenizer, saved, changes):
+    """Nothing would fail: every embedding would just belong to another token."""
+    tokenizer.save_pretrained(saved[0])
+    build_model(make_run({"init": str(saved[0]), **changes}), tokenizer)
+    other = train_bpe(iter(["completely different words, and many more of them"] * 3), len(tokenizer))
+    assert len(other) == len(tokenizer)
+    text = refused(make_run({"init": str(saved[0]), **changes}), other)
+    assert f"use the one saved with it, tokenizer: {{name: {saved[0]}}}" in text
+
+
+def test_a_damaged_saved_tokenizer(make_run, tokenizer, saved):
+    (saved[0] / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is damaged" in refused(make_run({"init": str(saved[0])}), tokenizer)
+
+
+def test_ids_with_gaps_all_have_an_embedding(make_run, tokenizer):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i if i < 2 else i + 50 for token, i in vocabulary.items()}
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|endoftext|>")
+    assert build_model(make_run(), gaps).config.vocab_size == len(tokenizer) + 50
+
+
+def test_a_damaged_config(make_run, tokenizer, saved):
+    (saved[0] / "config.json").write_text("{")
+    text = refused(make_run({"init": str(saved[0]), "model": {}}), tokenizer)
+    assert text.startswith(f"cannot start from {saved[0]}: ")
+
+
+def test_a_damaged_index(make_run, tokenizer, saved):
+    index = saved[0] / "model.safetensors.index.json"
+    index.write_text("{}")
+    assert refused(make_run({"init": str(saved[0])}), tokenizer) == f"{index} is damaged: it names no weight files"
+
+
+def test_another_architecture(make_run, tokenizer, tmp_path):
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokenizer)
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    text = refused(make_run({"init": str(tmp_path / "llama"), "model": {}}), tokenizer)
+    assert text.endswith("it holds a LlamaForCausalLM, not a modular model")
+
+
+def test_code_that_comes_with_a_model_is_not_run(make_run, tokenizer, saved, tmp_path, monkeypatch):
+    (saved[0] / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    remote = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (saved[0] / "config.json").write_text(json.dumps(remote))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run it"))
+    assert "cannot start from" in refused(make_run({"init": str(saved[0]), "model": {}}), tokenizer)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(make_run, tokenizer):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from modmoe.training.clock import Clock
 from modmoe.training.optimizer import build_optimizer, build_scheduler, lr_ratio, parameter_groups
 from modmoe.training.run_config import OptimizationConfig
 
@@ -60,19 +61,18 @@ def test_the_first_step_uses_the_first_rate():
     model = nn.Linear(2, 2)
     config = settings(learning_rate=0.5, warmup_steps=4)
     optimizer = build_optimizer(model, config)
-    build_scheduler(optimizer, config, 100)
+    build_scheduler(optimizer, config, 100, Clock())
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.125)
 
 
-def test_the_schedule_follows_the_clock_when_that_is_ahead(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("modmoe.training.optimizer.time.monotonic", lambda: now[0])
+def test_the_schedule_follows_the_clock_when_that_is_ahead():
     config = OptimizationConfig(steps=100, learning_rate=1.0, schedule="linear", warmup_steps=0)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = build_scheduler(optimizer, config, 100, max_minutes=1.0)
+    clock = Clock(max_minutes=1.0)
+    scheduler = build_scheduler(optimizer, config, 100, clock)
     rates = []
     for elapsed in (0.3, 0.6, 45.0, 60.0):  # seconds of the minute that a run of 100 steps may take
-        now[0] = 100.0 + elapsed
+        clock.seconds = elapsed
         optimizer.step()
         scheduler.step()
         rates.append(scheduler.get_last_lr()[0])

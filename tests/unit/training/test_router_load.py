@@ -33,9 +33,7 @@ def outputs(ffn, attn=None):
 def test_sums_and_summary_over_layers():
     loads = RouterLoads()
     loads.add(outputs([[1.0, 3.0], [2.0, 2.0]]))
-    more = RouterLoads()
-    more.add(outputs([[1.0, 3.0], [2.0, 2.0]]))
-    loads.merge(more)
+    loads.add(outputs([[1.0, 3.0], [2.0, 2.0]]))
     metrics = loads.metrics({"attn": [], "ffn": [0, 2]})
     assert metrics["router/ffn/layer_00/max_violation"] == 0.5
     assert metrics["router/ffn/layer_02/max_violation"] == 0.0

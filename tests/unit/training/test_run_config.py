@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from modmoe.training.errors import ConfigError
 from modmoe.training.optimizer import OPTIMIZERS
 from modmoe.training.run_config import OptimizationConfig, build_model_config, describe_keys, load_run_config
-from modmoe.training.yaml_config import ConfigError, load_yaml
+from modmoe.training.yaml_config import load_yaml
 
+ZERO1 = {"zero_optimization": {"stage": 1}}
 CONFIGS = Path(__file__).parents[3] / "configs"
 
 
@@ -104,6 +106,35 @@ def test_tokens_are_rounded_up_to_steps(make_run):
     assert run.steps(world_size=2) == 8
 
 
+@pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "tokens": 6 * 64}])
+def test_a_warm_up_longer_than_the_run(make_run, length):
+    changes = {f"optimization.{key}": value for key, value in length.items()}
+    make_run({**changes, "optimization.warmup_steps": 6}).steps(world_size=1)
+    with pytest.raises(ConfigError, match="optimization: warmup_steps=7 is more than the run's 6 steps"):
+        make_run({**changes, "optimization.warmup_steps": 7}).steps(world_size=1)
+
+
+def test_auto_leaves_deepspeed_settings_to_us(make_run):
+    section = {**ZERO1, "gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+    assert make_run({"deepspeed": section}).zero_stage == 1
+    assert make_run().zero_stage is None
+
+
+def test_home_directories_are_expanded(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO1))
+    paths = {"output_dir": "~/run", "init": "~/saved", "data.cache_dir": "~/cache", "deepspeed": "~/ds.json"}
+    run = load_run_config(write(), [f"--{key}={path}" for key, path in paths.items()])
+    assert (run.output_dir, run.init, run.data.cache_dir) == (tmp_path / "run", tmp_path / "saved", tmp_path / "cache")
+    assert run.deepspeed == ZERO1
+
+
+def test_json_may_be_indented_by_tabs(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(ZERO1, indent="\t"))
+    assert load_yaml(path) == ZERO1
+
+
 def test_missing_file(tmp_path):
     assert message(tmp_path / "no.yaml") == f"config file {tmp_path / 'no.yaml'} does not exist"
 
@@ -160,7 +191,12 @@ def test_unknown_keys_name_the_closest(make_run, write, key, value, expected):
         ("optimization.schedule", "zigzag", "optimization.schedule: input should be 'linear', 'cosine'"),
         ("optimization.betas", [0.9, 1.0], "optimization.betas: each of the two must be in [0, 1), got [0.9, 1.0]"),
         ("optimization.tokens", 5, "optimization: give exactly one of steps and tokens, got steps=6, tokens=5"),
-        ("optimization.warmup_steps", 7, "optimization: warmup_steps=7 is more than steps=6"),
+        ("optimization.steps", True, "optimization.steps: must not be a truth value, got True"),
+        ("optimization.weight_decay", float("inf"), "optimization.weight_decay: input should be a finite number"),
+        ("seed", 2**32, "seed: input should be less than 4294967296, got 4294967296"),
+        ("output_dir", 2026, "output_dir must be a path, got 2026"),
+        ("output_dir", False, "output_dir: must not be a truth value, got False (put a word such as 'no' in quotes)"),
+        ("tokenizer", {"name": "x", "vocab_size": 300}, "tokenizer: give exactly one of name and vocab_size"),
         ("data", "python", "data: input should be a valid dictionary"),
         ("data.sources", [], "data.sources: list should have at least 1 item"),
         ("data.sources.0.weight", -1, "data.sources.0: source 'words': weight must be a finite number > 0"),
@@ -171,6 +207,14 @@ def test_unknown_keys_name_the_closest(make_run, write, key, value, expected):
         ),
         ("model.hidden_size", "wide", "model: "),
         ("deepspeed", {"optimizer": {}}, "deepspeed: remove 'optimizer': the section 'optimization' decides it"),
+        ("deepspeed", {**ZERO1, "gradient_clipping": 5}, "deepspeed: remove 'gradient_clipping'"),
+        ("deepspeed", {**ZERO1, "train_batch_size": 32}, "deepspeed: remove 'train_batch_size'"),
+        ("deepspeed", {"zero_optimisation": {}}, "deepspeed: zero_optimization is required"),
+        ("deepspeed", {"zero_optimization": 2}, "deepspeed: zero_optimization must be a section such as {stage: 1}"),
+        ("deepspeed", {"zero_optimization": {"stage": 4}}, "deepspeed: zero_optimization.stage must be 0, 1, 2 or 3"),
+        ("deepspeed", {"zero_optimization": {"stage": "1"}}, "deepspeed: zero_optimization.stage must be 0, 1, 2"),
+        ("deepspeed", {**ZERO1, "fp16": {"enabled": True}}, "deepspeed: remove 'fp16': optimization.precision is"),
+        ("deepspeed", {**ZERO1, "bf16": {"enabled": True}}, "deepspeed.bf16.enabled=True does not fit optimization."),
     ],
 )
 def test_wrong_values_name_key_and_value(make_run, key, value, expected):
@@ -200,6 +244,7 @@ def test_neither_model_nor_init(make_run):
         (["optimization.steps", "3"], "unexpected argument 'optimization.steps'"),
         (["--optimization.steps"], "override --optimization.steps has no value"),
         (["--seed.x", "3"], "override --seed.x: seed is the value 5, not a section"),
+        (["--data.sources.².weight", "3"], "override --data.sources.².weight: '²' must be a number from 0 to 0"),
         (["--data.sources.4.weight", "3"], "override --data.sources.4.weight: '4' must be a number from 0 to 0"),
         (["--seed", "[1"], "override --seed: '[1' is not a YAML value"),
     ],

@@ -1,8 +1,10 @@
 """The trainer on a toy model: loss shares, scopes, metrics, checkpoints, faults."""
 
-import errno
 import logging
 import math
+import re
+import resource
+import shutil
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from modmoe.data import prepare_data
 from modmoe.training import checkpoint as checkpointing
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import CheckpointError, checkpoints, claim_output_dir, save_run_file
+from modmoe.training.checkpoint import checkpoints
+from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
+from modmoe.training.output_dir import claim_output_dir, save_run_file
 from modmoe.training.pretraining import parameter_counts, summary
 from modmoe.training.trainer import ModMoETrainer, deepspeed_config, training_arguments
 
@@ -186,14 +190,14 @@ def test_resuming_is_bitwise(make_run, tmp_path):
     run = make_run(changes)
 
     def interrupt(trainer):
-        on_step_end = trainer.stop.on_step_end
+        on_optimizer_step = trainer.stop.on_optimizer_step
 
-        def stop_at_four(args, state, control, **kwargs):
-            if state.global_step == 4:
+        def stop_in_the_fourth(args, state, control, **kwargs):
+            if state.global_step == 3:
                 trainer.stop._requested = 143
-            on_step_end(args, state, control, **kwargs)
+            on_optimizer_step(args, state, control, **kwargs)
 
-        trainer.stop.on_step_end = stop_at_four
+        trainer.stop.on_optimizer_step = stop_in_the_fourth
 
     stopped = train(run, interrupt)
     assert stopped.stop.exit_code == 143
@@ -221,23 +225,70 @@ def test_an_interrupted_save_falls_back_to_the_checkpoint_before(make_run, tmp_p
     assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(make_run, monkeypatch):
+@pytest.mark.parametrize("limit", [50_000, 90_000])  # bytes: within the weights, within the optimizer's state
+def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run, limit):
+    """A limit on the size of files stands for a full disk, which needs rights to make: tests/train has a real one."""
     run = make_run()
-    save = torch.save
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full_from_step_six(content, path, *args, **kwargs):
-        if "checkpoint-6" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(content, path, *args, **kwargs)
+    def limit_from_step_five(trainer):
+        on_step_begin = trainer.stop.on_step_begin
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_from_step_six)
-        with pytest.raises(CheckpointError) as caught:
-            train(run)
-    assert "could not write checkpoint" in str(caught.value)
-    assert "No space left on device" in str(caught.value)
-    assert f"{run.output_dir / 'checkpoint-3'} is untouched: make room and run the same command" in str(caught.value)
+        def begin(args, state, control, **kwargs):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            on_step_begin(args, state, control, **kwargs)
+
+        trainer.stop.on_step_begin = begin
+
+    try:
+        with pytest.raises(RunError) as caught:
+            train(run, limit_from_step_five)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"could not write {run.output_dir / 'checkpoint-6'}: " in str(caught.value)
+    assert f"{run.output_dir / 'checkpoint-3'} is untouched: run the same command again" in str(caught.value)
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-3"]
     assert train(run).state.global_step == 6
+
+
+@pytest.mark.parametrize("interval", [1, 10])  # of the log: the loss is seen first, or the weights
+def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(make_run, interval):
+    run = make_run({"logging.interval": interval, "checkpoint.interval": 1, "optimization.steps": 8})
+
+    def explode_in_step_four(trainer):
+        on_step_begin = trainer.stop.on_step_begin
+
+        def begin(args, state, control, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    next(trainer.model.parameters()).fill_(float("inf"))
+            on_step_begin(args, state, control, **kwargs)
+
+        trainer.stop.on_step_begin = begin
+
+    with pytest.raises(RunError) as caught:
+        train(run, explode_in_step_four)
+    assert re.match("training has diverged: .* at step 4; lower optimization.learning_rate", str(caught.value))
+    assert f"--init {run.output_dir / 'checkpoint-3'} and another output_dir" in str(caught.value)
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-2", "checkpoint-3"]
+    assert all(math.isfinite(r["loss"]) for r in records(run))
+
+
+def test_intervals_may_change_when_a_run_resumes(make_run):
+    run = make_run()
+    train(run)
+    shutil.rmtree(checkpoints(run.output_dir)[-1])
+    train(make_run({"logging.interval": 2, "checkpoint.interval": 1, "evaluation.interval": 3}))
+    assert [r["step"] for r in records(run) if "loss" in r] == [1, 2, 3, 4, 6]
+    assert [r["step"] for r in records(run) if "loss" not in r] == [6]
+    assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_model_without_routers_trains_over_the_global_batch_too(make_run):
+    dense = dict.fromkeys(("num_experts", "num_experts_per_tok", "num_attn_experts", "num_attn_experts_per_tok"), 1)
+    changes = {f"model.{name}": value for name, value in dense.items()}
+    assert train(make_run({**changes, "model.aux_scope": "global_batch", "optimization.steps": 1})).state.global_step
 
 
 def test_only_the_newest_checkpoints_are_kept(make_run):
@@ -248,11 +299,29 @@ def test_only_the_newest_checkpoints_are_kept(make_run):
 
 
 def test_the_time_limit_stops_and_saves(make_run):
-    run = make_run({"max_minutes": 1e-6})
+    run = make_run({"max_minutes": 1e-6, "logging.interval": 10, "optimization.steps": 5})
     trainer = train(run)
     assert trainer.state.global_step == 1
     assert trainer.stop.exit_code == 0
     assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-1"]
+
+
+def test_time_counts_over_all_launches(make_run):
+    run = make_run({"max_minutes": 100, "checkpoint.interval": 1, "logging.interval": 10})
+
+    def hours_pass(trainer):
+        now = trainer.clock.now
+        trainer.clock.now = lambda: now() + 60 * 100 * (trainer.state.global_step >= 2)
+
+    stopped = train(run, hours_pass)
+    assert stopped.state.global_step == 3
+    assert records(run)[-1]["step"] == 3
+    resumed = train(run)
+    # The limit was reached before: one step is more than none, and it has the lowest rate.
+    assert resumed.state.global_step == 4
+    assert records(run)[-1]["learning_rate"] == 0.0
+    assert_same_weights(stopped, resumed)
+    assert train(make_run({"max_minutes": 300})).state.global_step == 6
 
 
 def test_the_final_directory_is_plain(make_run, tmp_path):
@@ -273,10 +342,20 @@ def test_the_final_directory_is_plain(make_run, tmp_path):
 def test_bf16_is_autocast_unless_the_section_says_otherwise(make_run):
     run = make_run({"deepspeed": {"zero_optimization": {"stage": 1}}, "optimization.precision": "bf16"})
     assert deepspeed_config(run)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    run = make_run({"deepspeed": {"bf16": {"enabled": "auto"}}, "optimization.precision": "bf16"})
+    section = {"zero_optimization": {"stage": 0}}
+    run = make_run({"deepspeed": {**section, "bf16": {"enabled": "auto"}}, "optimization.precision": "bf16"})
     assert "torch_autocast" not in deepspeed_config(run)
-    assert "torch_autocast" not in deepspeed_config(make_run({"deepspeed": {}}))
+    assert "torch_autocast" not in deepspeed_config(make_run({"deepspeed": section}))
     assert deepspeed_config(make_run()) is None
+
+
+def test_a_switched_off_bf16_part_is_no_bf16_part(make_run):
+    """With it DeepSpeed would clip here and not tell the norm."""
+    section = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": False}}
+    for precision in ("fp32", "bf16"):
+        run = make_run({"deepspeed": section, "optimization.precision": precision})
+        assert deepspeed_config(run)["gradient_clipping"] == 0.0
+        assert ("torch_autocast" in deepspeed_config(run)) == (precision == "bf16")
 
 
 def test_bf16_trains(make_run):
