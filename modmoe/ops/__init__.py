@@ -6,6 +6,7 @@ taken from here into any other PyTorch model. Nothing here knows transformers.
 
 from .backend import BACKENDS, use_backend
 from .grouped_linear import grouped_linear
+from .paged import stickbreaking_paged_attention
 from .routing import DispatchPlan, Routing, dispatch_plan, route
 from .stickbreaking import stickbreaking_attention
 
@@ -17,5 +18,6 @@ __all__ = [
     "grouped_linear",
     "route",
     "stickbreaking_attention",
+    "stickbreaking_paged_attention",
     "use_backend",
 ]

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, stickbreaking_cpp, stickbreaking_torch
+from . import reference, stickbreaking_cpp, stickbreaking_torch, stickbreaking_triton
 from .backend import autocast_dtype, choose_backend, library, requested_backend, without_autocast
 
 # Best first. The reference stands apart: autograd goes through it, and it alone returns weights.
-_IMPLEMENTATIONS = {"cpp": stickbreaking_cpp, "torch": stickbreaking_torch}
+_IMPLEMENTATIONS = {"cpp": stickbreaking_cpp, "triton": stickbreaking_triton, "torch": stickbreaking_torch}
+BACKENDS = (*_IMPLEMENTATIONS, "reference")
 
 
 def stickbreaking_attention(
@@ -72,7 +73,7 @@ def stickbreaking_attention(
         scale = q.shape[-1] ** -0.5
     if cu_seqlens is not None:
         document_start = _document_start(cu_seqlens, q.shape[0], q.shape[2])
-    name = requested_backend("stickbreaking_attention", backend, (*_IMPLEMENTATIONS, "reference"))
+    name = requested_backend("stickbreaking_attention", backend, BACKENDS)
     if return_weights and name not in ("auto", "reference"):
         raise RuntimeError(f"stickbreaking_attention: backend {name!r} has no weights to return, 'reference' has them")
     if return_weights or name == "reference":
