@@ -53,6 +53,22 @@ inline To bit_cast(From from) {
   return to;
 }
 
+// By halves: few instructions, and an order that does not depend on the compiler.
+template <typename T, int Bytes>
+inline T sum_of_lanes(typename Simd<T, Bytes>::V v) {
+  if constexpr (Bytes > 16) {
+    struct Halves {
+      typename Simd<T, Bytes / 2>::V low, high;
+    };
+    const Halves halves = bit_cast<Halves>(v);
+    return sum_of_lanes<T, Bytes / 2>(halves.low + halves.high);
+  } else {
+    T sum = v[0];
+    for (int lane = 1; lane < Simd<T, Bytes>::kLanes; ++lane) sum += v[lane];
+    return sum;
+  }
+}
+
 // exp(x) for x <= 0, at least exp(kLowest): 2^n * exp(f) with n an integer and |f| <= ln(2) / 2.
 template <typename T, int Bytes>
 inline typename Simd<T, Bytes>::V exp_nonpositive(typename Simd<T, Bytes>::V x) {

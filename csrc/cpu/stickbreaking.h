@@ -13,6 +13,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -201,6 +203,88 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
     tile.remainder(remainder, r) = stick[r / TileType::S::kLanes][r % TileType::S::kLanes];
 }
 
+// Decoding: so few rows that they would leave most lanes empty. Here the lanes are dimensions and whole vectors of keys and
+// values are read, once for all rows, which makes it as fast as memory. It needs a D that fills vectors.
+template <typename T>
+struct Few {
+  using S = Simd<T, kVectorBytes>;
+  using V = typename S::V;
+  using TileType = Tile<T, 16, 1>;
+
+  static bool fits(const Attention<T>& p) { return p.rows() <= TileType::kRows && p.dim % S::kLanes == 0; }
+
+  static V load(const T* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+
+  // z (keys, rows) = keys (keys, D) times queries (rows, D).
+  static void scores(Left<T, false> keys, const V* queries, int rows, int vectors, int block, T* z) {
+    for (int j = 0; j < block; ++j)
+      for (int r = 0; r < rows; ++r) {
+        V sum{};
+        for (int d = 0; d < vectors; ++d) sum += load(&keys.data[j * keys.stride + d * S::kLanes]) * queries[r * vectors + d];
+        z[j * TileType::kRows + r] = sum_of_lanes<T, kVectorBytes>(sum);
+      }
+  }
+
+  // sums (rows, D) += weights (keys, rows) times values (keys, D), `Vectors` of each row at a time.
+  template <int Rows, int Vectors>
+  static void add(Left<T, false> values, const T* weights, int first, int vectors, int block, V* sums) {
+    V sum[Rows][Vectors];
+    for (int r = 0; r < Rows; ++r)
+      for (int d = 0; d < Vectors; ++d) sum[r][d] = sums[r * vectors + first + d];
+    for (int j = 0; j < block; ++j)
+#pragma GCC unroll 4
+      for (int d = 0; d < Vectors; ++d) {
+        const V value = load(&values.data[j * values.stride + (first + d) * S::kLanes]);
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r) sum[r][d] += weights[j * TileType::kRows + r] * value;
+      }
+    for (int r = 0; r < Rows; ++r)
+      for (int d = 0; d < Vectors; ++d) sums[r * vectors + first + d] = sum[r][d];
+  }
+
+  template <int Rows>
+  static void forward(const TileType& tile, const Heads<T>& out, T* remainder) {
+    const Attention<T>& p = tile.p;
+    const int vectors = int(p.dim / S::kLanes);
+    std::vector<V> memory(2 * Rows * vectors);
+    V* const queries = memory.data();
+    V* const sums = queries + Rows * vectors;
+    typename TileType::V z[kKeyBlock], stick[1];
+    T* const numbers = reinterpret_cast<T*>(z);
+    for (int r = 0; r < Rows; ++r)
+      for (int d = 0; d < vectors; ++d)
+        queries[r * vectors + d] = load(p.q.at(tile.b, tile.head(r), tile.query(r)) + d * S::kLanes) * p.scale;
+    tile.start_sticks(stick);
+    for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
+      from = std::max(tile.oldest, to - kKeyBlock);
+      const int block = int(to - from);
+      scores(tile.keys(from), queries, Rows, vectors, block, numbers);
+      tile.break_sticks(z, static_cast<typename TileType::V*>(nullptr), stick, from, to);
+      int d = 0;
+      for (; d + 4 <= vectors; d += 4) add<Rows, 4>(tile.values(from), numbers, d, vectors, block, sums);
+      for (; d < vectors; ++d) add<Rows, 1>(tile.values(from), numbers, d, vectors, block, sums);
+      if (tile.used_up(stick, from)) break;
+    }
+    for (int r = 0; r < Rows; ++r) {
+      std::memcpy(out.at(tile.b, tile.head(r), tile.query(r)), sums + r * vectors, p.dim * sizeof(T));
+      tile.remainder(remainder, r) = stick[0][r];
+    }
+  }
+
+  static void forward(const TileType& tile, const Heads<T>& out, T* remainder) {
+    switch (tile.count) {
+      case 1: return forward<1>(tile, out, remainder);
+      case 2: return forward<2>(tile, out, remainder);
+      case 3: return forward<3>(tile, out, remainder);
+      default: return forward<4>(tile, out, remainder);
+    }
+  }
+};
+
 // `parallel(n, f)` calls f(0) ... f(n - 1), on at most n threads.
 template <typename T, class Parallel>
 void forward(const Attention<T>& p, const Heads<T>& out, T* remainder, int threads, Parallel parallel) {
@@ -209,8 +293,15 @@ void forward(const Attention<T>& p, const Heads<T>& out, T* remainder, int threa
     const int64_t units = p.problems() * divide_up(p.rows(), TileType::kRows);
     // Later rows see more keys: strips take every threads-th tile, so that all have the same work.
     parallel(threads, [&](int64_t strip) {
-      for (int64_t unit = strip; unit < units; unit += threads)
-        forward_tile(TileType(p, unit % p.problems(), unit / p.problems()), out, remainder);
+      for (int64_t unit = strip; unit < units; unit += threads) {
+        const TileType tile(p, unit % p.problems(), unit / p.problems());
+        if constexpr (std::is_same_v<TileType, typename Few<T>::TileType>)
+          if (Few<T>::fits(p)) {
+            Few<T>::forward(tile, out, remainder);
+            continue;
+          }
+        forward_tile(tile, out, remainder);
+      }
     });
   });
 }

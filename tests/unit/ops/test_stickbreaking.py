@@ -116,7 +116,21 @@ def test_against_a_loop(shape: tuple[int, ...], attend_current: bool, masks: str
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("attend_current", [True, False], ids=["current", "strict"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("shape", [(2, 4, 2, 150, 150, 17), (1, 6, 2, 37, 211, 64), (1, 3, 1, 2, 130, 40)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 4, 2, 150, 150, 17),
+        (1, 6, 2, 37, 211, 64),
+        (1, 3, 1, 2, 130, 40),
+        # Decoding: one to four rows of a key/value head, with a D that fills vectors and one that does not.
+        (2, 2, 2, 1, 200, 64),
+        (2, 4, 2, 1, 200, 96),
+        (1, 3, 1, 1, 130, 128),
+        (1, 2, 1, 2, 130, 64),
+        (1, 4, 1, 1, 130, 24),
+    ],
+    ids=str,
+)
 def test_many_blocks_against_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype, attend_current: bool, masks: bool, early_stop: bool
 ) -> None:
