@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
-from modmoe.ops.backend import ENVIRONMENT_VARIABLE
+from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
 from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import check_world_size, writing
 from modmoe.training.errors import ConfigError, RunError
@@ -38,7 +38,11 @@ def pretrain(run: RunConfig) -> int:
         RunError: if something cannot be written, a checkpoint cannot be used, or training diverges.
     """
     args = training_arguments(run)
-    with locked(run.output_dir) if args.process_index == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if args.process_index == 0:
+            stack.enter_context(locked(run.output_dir))
+        if run.backend is not None:
+            stack.enter_context(use_backend(run.backend))
         return _pretrain(run, args)
 
 
@@ -117,7 +121,7 @@ def _facts(run: RunConfig) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "precision": run_precision(run),
-        "op backend": os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
+        "op backend": run.backend or os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
         "engine": "plain PyTorch" if run.deepspeed is None else f"DeepSpeed ZeRO-{run.zero_stage}",
     }
 

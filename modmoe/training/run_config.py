@@ -19,6 +19,7 @@ from pydantic import (
 
 from modmoe.data.config import SourceConfig, TokenizerConfig
 from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.ops import BACKENDS
 from modmoe.training.errors import ConfigError
 from modmoe.training.yaml_config import apply_override, load_yaml, parse_overrides
 
@@ -157,6 +158,8 @@ class RunConfig(Section):
     max_minutes: float | None = Field(default=None, gt=0)
     """Stop training after this wall-clock time over all launches, evaluations and saves included, and finish as usual;
     the learning rate falls in time for it."""
+    backend: Literal[BACKENDS] | None = None  # type: ignore[valid-type]
+    """Implementation of the ops, for all that have one of that name; none: MODMOE_BACKEND, else the best that runs."""
     overwrite_output: bool = False
     """Whether to delete another run that `output_dir` holds; refused otherwise."""
 

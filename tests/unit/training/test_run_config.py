@@ -268,3 +268,10 @@ def test_help_lists_nested_keys():
     text = describe_keys()
     assert "--optimization.learning_rate [0.001]: Peak learning rate." in text
     assert "--output_dir:" in text
+
+
+def test_backend(write):
+    assert load_run_config(write()).backend is None
+    assert load_run_config(write(), ["--backend", "torch"]).backend == "torch"
+    with pytest.raises(ConfigError, match="backend.*opencl"):
+        load_run_config(write(), ["--backend", "opencl"])
