@@ -250,6 +250,8 @@ def _run(command: list[str]) -> str:
         result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{name} was still running after {_TIMEOUT} s") from error
+    except OSError as error:
+        raise BuildError(f"{name} cannot be started ({error.strerror})") from error
     if result.returncode:
         logger.debug("%s\n%s", " ".join(command), result.stderr)
         raise BuildError(f"{name} failed with exit status {result.returncode} ({_one_line(result.stderr)})")

@@ -115,6 +115,14 @@ def test_a_compiler_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.
     assert list(cache.iterdir()) == []
 
 
+def test_a_compiler_that_is_no_program(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "compiler"
+    script.write_bytes(b"\x7fELF but not really")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert build.library_problem("cpu") == "compiler cannot be started (Exec format error)"
+
+
 def test_a_cache_that_cannot_be_written(compiler: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     problem = build.library_problem("cpu")
