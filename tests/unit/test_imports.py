@@ -19,7 +19,8 @@ ALLOWED = {
     "models": {"utils", "ops", "layers", "losses"},
     "data": {"utils"},
     # "" is the package itself, whose import registers the model types.
-    "training": {"utils", "ops", "layers", "losses", "models", "data", ""},
+    "parallel": {"utils", "ops", "layers", "models"},
+    "training": {"utils", "ops", "layers", "losses", "models", "data", "parallel", ""},
 }
 # Third-party packages that rooms are held to; rooms that are not named are free.
 ONLY = {"ops": {"torch"}, "losses": {"torch"}, "layers": {"torch", "transformers"}}

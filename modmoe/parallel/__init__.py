@@ -1,0 +1,1 @@
+"""Expert parallelism, applied to a built model from outside."""
