@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from modmoe.ops import DispatchPlan, grouped_linear
+from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear
 
 # The same function as one kernel instead of eight.
 _FUSED = {"gelu_new": "gelu_pytorch_tanh"}
@@ -44,6 +44,10 @@ class AttentionExperts(nn.Module):
         self.num_experts = num_experts
         self.q_proj = ExpertLinear(num_experts, hidden_size, query_size)
         self.o_proj = ExpertLinear(num_experts, query_size, hidden_size)
+
+    def plan(self, top_k_index: torch.Tensor) -> DispatchPlan:
+        """(N, K) expert ids, E for none -> what `map` and `reduce` take."""
+        return dispatch_plan(top_k_index, self.num_experts)
 
     def map(self, hidden_states: torch.Tensor, plan: DispatchPlan | None, top_k: int) -> torch.Tensor:
         """(N, H) -> queries (N * K, A), in token order; `plan` is None in a dense layer."""

@@ -71,9 +71,14 @@ def finish(experts: Experts, rows: Tensor, plan: DispatchPlan, top_k_index: Tens
 
 def combine(rows: Tensor, plan: DispatchPlan, gates: Tensor) -> Tensor:
     """Sorted rows (S, H) and gates (N, K) -> (N, H): gate-weighted sum over slots, in fp32 or wider."""
-    slots = rows.index_select(0, plan.inverse).unflatten(0, gates.shape)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    return torch.bmm(gates[:, None].to(dtype), slots.to(dtype)).squeeze(1)
+    return weighted_sum(rows.index_select(0, plan.inverse).unflatten(0, gates.shape), gates)
+
+
+def weighted_sum(slots: Tensor, gates: Tensor) -> Tensor:
+    """Rows per slot (N, K, H) and gates (N, K) -> (N, H) in fp32 or wider, under autocast too."""
+    dtype = torch.promote_types(slots.dtype, torch.float32)
+    with torch.autocast(slots.device.type, enabled=False):
+        return torch.bmm(gates[:, None].to(dtype), slots.to(dtype)).squeeze(1)
 
 
 def _sorted_bias(bias: Tensor, plan: DispatchPlan, top_k_index: Tensor) -> Tensor:

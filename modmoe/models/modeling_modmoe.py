@@ -33,7 +33,6 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.context import AttentionInputs, attention_inputs, check_token_ids
 from modmoe.models.loading import StrictPreTrainedModel
 from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
-from modmoe.ops import dispatch_plan
 
 
 class LayerOutput(NamedTuple):
@@ -98,7 +97,7 @@ class ModMoEAttention(nn.Module):
         batch, length, _ = hidden_states.shape
         flat = hidden_states.flatten(0, 1)
         routing = None if self.gate is None else self.gate(flat, token_mask)
-        plan = None if routing is None else dispatch_plan(routing.top_k_index, self.experts.num_experts)
+        plan = None if routing is None else self.experts.plan(routing.top_k_index)
         queries = self._heads_first(self.experts.map(flat, plan, self.top_k), batch, length)
         keys, values = (
             proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
@@ -168,7 +167,7 @@ class ModMoEMLP(nn.Module):
     def _known_index(self, top_k_index: torch.Tensor) -> torch.Tensor:
         """Implementations of others index weights with the id "none"; a gate of 0 makes any expert none."""
         ours = self.config._experts_implementation in (None, "eager", grouped_experts.NAME, megablocks.NAME)
-        return top_k_index if ours else top_k_index.clamp(max=self.experts.num_experts - 1)
+        return top_k_index if ours else top_k_index.clamp(max=cast(Router, self.gate).num_experts - 1)
 
 
 class ModMoEDecoderLayer(GradientCheckpointingLayer):

@@ -1,0 +1,64 @@
+"""What DeepSpeed must know of expert parallelism: its process groups, and which parameters belong to which.
+
+DeepSpeed reduces, shards and clips the gradients of experts apart from the others if it finds a module of its own
+expert-parallel type. `AutoEPMoELayer` is the one type that ZeRO accepts at every stage, so the model carries a hidden one without
+parameters; what is true of the parameters stands on these themselves. Relies on DeepSpeed 0.19.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import nn
+
+from modmoe.models import ModMoEPreTrainedModel
+from modmoe.parallel.layout import expert_slice
+
+
+def group_name(size: int) -> str:
+    """DeepSpeed's name of the expert-parallel groups of this size."""
+    return f"ep_size_{size}"
+
+
+def expert_parallel_group(size: int) -> dist.ProcessGroup:
+    """
+    The group of `size` neighbouring ranks that this process belongs to; made on the first call, on all ranks.
+
+    Neighbouring ranks are on one node, where there are enough: tokens then do not leave it.
+    """
+    if group_name(size) not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(size)
+    return groups._get_expert_parallel_group(group_name(size))
+
+
+def announce(model: ModMoEPreTrainedModel, size: int) -> None:
+    """
+    Tell DeepSpeed about a model that `parallelize` has cut. Call before `deepspeed.initialize`.
+
+    Args:
+        model: cut along `expert_parallel_group(size)`.
+        size: of that group.
+    """
+    for parameter in model.parameters():
+        if expert_slice(parameter) is not None:
+            _mark(parameter, group_name(size))
+    model.add_module("_expert_parallel", _Marker(max(router.num_experts for router, _ in model.routed_pools())))
+
+
+def _mark(parameter: Any, name: str) -> None:
+    parameter.allreduce = False
+    parameter.group_name = name
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.ds_zero_partition_group_name = name
+
+
+class _Marker(AutoEPMoELayer):
+    """Makes DeepSpeed see a mixture of experts; computes nothing."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """The groups exist already."""

@@ -1,0 +1,134 @@
+"""Models of which each process makes or reads only its own experts."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from modmoe.models import ModMoEConfig, ModMoEForCausalLM
+from modmoe.parallel.expert_parallel import check_divisible, keep_own_experts, parallelize
+from modmoe.parallel.layout import expert_slice
+
+
+def fresh_model(config: ModMoEConfig, group: dist.ProcessGroup | None = None, *, chunks: int = 1) -> ModMoEForCausalLM:
+    """
+    A model with random weights in float32, whole or with this process's experts.
+
+    From the same random state come the same weights, whatever the group: they are drawn one by one, and cut at once, so
+    that no more than one stacked weight is ever there in full. (`from_config` would also draw what PyTorch's modules
+    start with.)
+
+    Args:
+        config: of the whole model.
+        group, chunks: as for `parallelize`; without a group the model is whole.
+
+    Raises:
+        ValueError: if a pool's experts cannot be shared out evenly.
+    """
+    model = _on_meta(config, group)
+    pools = {module for _, experts in model.routed_pools() for module in experts.modules()}
+
+    def initialize(module: nn.Module) -> None:
+        _materialize(module)
+        model._init_weights(module)
+        if group is not None and module in pools:
+            keep_own_experts(module, group)
+
+    # Children first, as transformers goes through a model.
+    _visit(model, initialize)
+    model.tie_weights()
+    if group is not None:
+        parallelize(model, group, chunks=chunks)
+    return model
+
+
+@torch.no_grad()
+def saved_model(
+    directory: Path, config: ModMoEConfig, group: dist.ProcessGroup, *, chunks: int = 1
+) -> ModMoEForCausalLM:
+    """
+    A saved model with this process's experts, in float32; other experts are never read.
+
+    Args:
+        directory: a plain Hugging Face directory of the native format.
+        config: of the whole model.
+        group, chunks: as for `parallelize`.
+
+    Raises:
+        ValueError: if a pool's experts cannot be shared out evenly, or weights are missing, of other shapes, or have no
+            place in the model.
+    """
+    model = _on_meta(config, group)
+    for _, experts in model.routed_pools():
+        for module in experts.modules():
+            keep_own_experts(module, group)
+
+    def materialize(module: nn.Module) -> None:
+        _materialize(module)
+        if any(True for _ in module.buffers(recurse=False)):
+            model._init_weights(module)  # tables that are not saved
+
+    _visit(model, materialize)
+    model.tie_weights()
+    _read(model, directory)
+    parallelize(model, group, chunks=chunks)
+    return model
+
+
+def _on_meta(config: ModMoEConfig, group: dist.ProcessGroup | None) -> ModMoEForCausalLM:
+    with torch.device("meta"):
+        model = ModMoEForCausalLM(config)
+    if group is not None:
+        check_divisible(model, group.size())
+    return model
+
+
+def _visit(module: nn.Module, action: Callable[[nn.Module], None]) -> None:
+    for child in module.children():
+        _visit(child, action)
+    action(module)
+
+
+def _materialize(module: nn.Module) -> None:
+    """Give the module's own parameters and buffers memory; their values are undefined."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        real = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), parameter.requires_grad)
+        real.__dict__.update(parameter.__dict__)
+        setattr(module, name, real)
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+def _read(model: ModMoEForCausalLM, directory: Path) -> None:
+    wanted: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+    tied = set(model.all_tied_weights_keys)
+    for name, saved in _saved_tensors(directory):
+        if name not in wanted:
+            if name in tied:
+                continue
+            raise ValueError(f"{directory}: tensor {name} has no place in the model: use the config saved with it")
+        target = wanted.pop(name)
+        part = expert_slice(target)
+        shape = list(target.shape) if part is None else [part.num_experts, *target.shape[1:]]
+        if saved.get_shape() != shape:
+            raise ValueError(f"{directory}: tensor {name} has shape {saved.get_shape()}, the config says {shape}")
+        target.copy_(saved[:] if part is None else saved[part.start : part.stop])
+    # A model that was trained without selection bias can get one; tied weights are saved once.
+    missing = [name for name in wanted if name not in tied and not name.endswith("selection_bias")]
+    if missing:
+        raise ValueError(f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}")
+
+
+def _saved_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Name and `safetensors` slice of every tensor; of a slice only what is indexed is read."""
+    index = directory / "model.safetensors.index.json"
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
+    for file in names or ["model.safetensors"]:
+        with safe_open(directory / file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                yield name, tensors.get_slice(name)
