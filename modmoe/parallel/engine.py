@@ -1,8 +1,8 @@
 """What DeepSpeed must know of expert parallelism: its process groups, and which parameters belong to which.
 
 DeepSpeed reduces, shards and clips the gradients of experts apart from the others if it finds a module of its own
-expert-parallel type. `AutoEPMoELayer` is the one type that ZeRO accepts at every stage, so the model carries a hidden one without
-parameters; what is true of the parameters stands on these themselves. Relies on DeepSpeed 0.19.
+expert-parallel type. `AutoEPMoELayer` is the one type that ZeRO accepts at every stage, so the model carries a hidden
+one without parameters; what is true of the parameters stands on these themselves. Relies on DeepSpeed 0.19.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Rows travel to the processes that hold their experts, and back: uneven all-to-all, nothing dropped.
 
-Letters: N tokens, K experts per token, S = N * K (token, slot) pairs, E experts in all, P processes in the group, R rows
-received from all of them, F features of a row.
+Letters: N tokens, K experts per token, S = N * K (token, slot) pairs, E experts in all, P processes in the group,
+R rows received from all of them, F features of a row.
 """
 
 from typing import Any, Self
@@ -20,8 +20,8 @@ class Exchange:
     """
     Where the pairs of one routing decision go.
 
-    The first process of the group holds the first E / P experts, and so on: rows in order of their experts are in order
-    of their processes as well. Pairs without an expert stay at home.
+    The first process of the group holds the first E / P experts, and so on: rows in order of their experts are in
+    order of their processes as well. Pairs without an expert stay at home.
 
     Args:
         top_k_index: (N, K) integer expert ids, E for none; each process has its own N, K and E are the same.
@@ -121,9 +121,9 @@ class Transfer:
     """
     One all-to-all on its way, forward and backward.
 
-    Starting and finishing are nodes of their own in the autograd graph. Backward goes through them in the opposite order: what
-    finishes a transfer in the forward pass starts that of its gradient, so work between the two overlaps with it in both
-    directions.
+    Starting and finishing are nodes of their own in the autograd graph. Backward goes through them in the opposite
+    order: what finishes a transfer in the forward pass starts that of its gradient, so work between the two overlaps
+    with it in both directions.
     """
 
     def __init__(self, rows: Tensor, state: "_State") -> None:

@@ -1,7 +1,7 @@
 """Expert parallelism: every process of a group holds a part of each pool's experts, and everything else in full.
 
-Applied to a built model from outside, as `fully_shard` of PyTorch is: modules and parameters keep their names, a pool's
-class becomes a subclass that sends rows to the processes of their experts. DeepSpeed learns of it in `engine`.
+Applied to a built model from outside, as PyTorch's `fully_shard` is: modules and parameters keep their names, a
+pool's class becomes a subclass that sends rows to the processes of their experts. DeepSpeed learns of it in `engine`.
 """
 
 from typing import Any, cast
@@ -20,8 +20,8 @@ def parallelize(model: ModMoEPreTrainedModel, group: dist.ProcessGroup, *, chunk
     """
     Keep this process's experts of every pool, in place, and route rows to the others.
 
-    Dropless: each row reaches its experts, however unevenly they are chosen. Gradients of the experts that a process keeps come
-    from the tokens of the whole group; they are sums, where data parallelism averages over processes.
+    Dropless: each row reaches its experts, however unevenly they are chosen. Gradients of the experts that a process
+    keeps come from the tokens of the whole group: they are sums, where data parallelism averages over processes.
 
     Args:
         model: with all experts, or with those of this process by `keep_own_experts`.
@@ -36,13 +36,14 @@ def parallelize(model: ModMoEPreTrainedModel, group: dist.ProcessGroup, *, chunk
     if group.size() == 1 and chunks == 1:
         return
     check_divisible(model, group.size())
-    for _, experts in model.routed_pools():
-        for module in experts.modules():
+    for _, pool in model.routed_pools():
+        for module in pool.modules():
             keep_own_experts(module, group)
+        experts: Any = pool
         mixin = _ParallelAttentionExperts if isinstance(experts, AttentionExperts) else _ParallelFFN
         kind = type(experts)
         experts.__class__ = type(f"Parallel{kind.__name__}", (mixin, kind), {"__module__": __name__})
-        experts.num_experts = cast(int, experts.num_experts) // group.size()
+        experts.num_experts = experts.num_experts // group.size()
         experts.group = group
         experts.chunks = chunks
     # Processes that have finished their text go on with the others: these need their experts.
@@ -140,7 +141,8 @@ class _ParallelAttentionExperts(_Parallel):
 
     def reduce(self, heads: Tensor, plan: list[Exchange] | None, top_k: int, gates: Tensor | None) -> Tensor:
         """(N * K, A) -> (N, H): output projections, weighted by gates (N, K) and summed over the chosen experts."""
-        assert plan is not None and gates is not None, "dense layers have no pool to share"
+        assert plan is not None, "dense layers have no pool to share"
+        assert gates is not None
         parts = [part.flatten(0, 1) for part in heads.unflatten(0, gates.shape).tensor_split(self.chunks)]
         arriving = [exchange.send_pairs(part) for exchange, part in zip(plan, parts, strict=True)]
         leaving = self._project(self.o_proj, plan, arriving)

@@ -1,7 +1,8 @@
 """Which experts of a pool a process holds.
 
-A stacked expert weight (E, out, in) that is cut along E is one interval of the whole tensor in memory order. Everything
-that saves or loads weights can therefore treat a shard, of experts or of ZeRO, as an interval of a flat tensor.
+A stacked expert weight (E, out, in) that is cut along E is one interval of the whole tensor in memory order.
+Everything that saves or loads weights can therefore treat a shard, of experts or of ZeRO, as an interval of a flat
+tensor.
 """
 
 from typing import NamedTuple

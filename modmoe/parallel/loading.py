@@ -19,9 +19,9 @@ def fresh_model(config: ModMoEConfig, group: dist.ProcessGroup | None = None, *,
     """
     A model with random weights in float32, whole or with this process's experts.
 
-    From the same random state come the same weights, whatever the group: they are drawn one by one, and cut at once, so
-    that no more than one stacked weight is ever there in full. (`from_config` would also draw what PyTorch's modules
-    start with.)
+    From the same random state come the same weights, whatever the group: they are drawn one by one and cut at once,
+    so that no more than one stacked weight is ever there in full. (`from_config` would also draw what PyTorch's
+    modules start with.)
 
     Args:
         config: of the whole model.
@@ -60,8 +60,8 @@ def saved_model(
         group, chunks: as for `parallelize`.
 
     Raises:
-        ValueError: if a pool's experts cannot be shared out evenly, or weights are missing, of other shapes, or have no
-            place in the model.
+        ValueError: if a pool's experts cannot be shared out evenly, or weights are missing, of other shapes, or have
+            no place in the model.
     """
     model = _on_meta(config, group)
     for _, experts in model.routed_pools():

@@ -1,14 +1,18 @@
 """The model a run starts with: fresh, or with the weights of a saved one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
+from modmoe.parallel.loading import fresh_model, saved_model
+from modmoe.training.bootstrap import world_size
 from modmoe.training.errors import ConfigError
 from modmoe.training.run_config import RunConfig, build_model_config
 
@@ -21,7 +25,7 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ModMoEFor
         ConfigError: if the directory to start from is missing, damaged, pickled or does not fit the run.
     """
     if run.init is None:
-        return AutoModelForCausalLM.from_config(model_config(run.model, tokenizer))
+        return _fresh(model_config(run.model, tokenizer), run)
     check_saved_model(run.init)
     if not has_vocabulary(run.init, tokenizer):
         raise ConfigError(
@@ -30,11 +34,48 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ModMoEFor
         )
     try:
         config = model_config(run.model, tokenizer) if run.model else _saved_config(run.init, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(run.init, config=config, dtype="float32")
+        model = _saved(run.init, config, run)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot start from {run.init}: {error}") from None
     if not isinstance(model, ModMoEForCausalLM):
         raise ConfigError(f"cannot start from {run.init}: it holds a {type(model).__name__}, not a modular model")
+    return model
+
+
+def _fresh(config: ModMoEConfig, run: RunConfig) -> ModMoEForCausalLM:
+    if run.expert_parallel_size > 1:
+        return _in_parts(run, lambda group: fresh_model(config, group, chunks=run.expert_parallel_chunks))
+    if run.zero_stage == 3:  # where transformers shards while it builds
+        return AutoModelForCausalLM.from_config(config)
+    return fresh_model(config)
+
+
+def _saved(directory: Path, config: PreTrainedConfig, run: RunConfig) -> PreTrainedModel:
+    if run.expert_parallel_size == 1:
+        return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="float32")
+    if not isinstance(config, ModMoEConfig):
+        raise ValueError(
+            f"expert_parallel_size={run.expert_parallel_size} reads the native format only, not "
+            f"{config.model_type!r}: convert it first, with tools/convert_moduleformer.py if it is IBM's"
+        )
+    return _in_parts(run, lambda group: saved_model(directory, config, group, chunks=run.expert_parallel_chunks))
+
+
+def _in_parts(run: RunConfig, make: Callable[[dist.ProcessGroup], ModMoEForCausalLM]) -> ModMoEForCausalLM:
+    """A model of which this process has a part, as DeepSpeed must see it."""
+    from modmoe.parallel.engine import announce, expert_parallel_group  # imports DeepSpeed
+
+    size = run.expert_parallel_size
+    if world_size() % size:
+        raise ConfigError(
+            f"expert_parallel_size={size} does not divide the {world_size()} processes of this run: choose a divisor, "
+            "or start another number of processes"
+        )
+    try:
+        model = make(expert_parallel_group(size))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    announce(model, size)
     return model
 
 

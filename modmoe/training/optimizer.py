@@ -7,17 +7,29 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from modmoe.parallel.layout import expert_slice
 from modmoe.training.clock import Clock
 from modmoe.training.run_config import OptimizationConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices with weight decay; norms, biases and other vectors without."""
+    """
+    Trainable parameters by weight decay, which matrices have, and norms, biases and other vectors have not.
+
+    Experts that are shared out over processes have groups of their own, with the keys by which DeepSpeed knows them.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Under ZeRO-3 a parameter is a flat shard, and ds_shape its true shape.
     matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    shared = {p: str(p.group_name) for p in trainable if expert_slice(p) is not None}  # type: ignore[attr-defined]
+    groups: list[dict] = []
+    for parameters, decay in ((matrices, weight_decay), (vectors, 0.0)):
+        groups.append({"params": [p for p in parameters if p not in shared], "weight_decay": decay})
+        experts = [p for p in parameters if p in shared]
+        groups += (
+            [{"params": experts, "weight_decay": decay, "moe": True, "name": shared[experts[0]]}] if experts else []
+        )
     return [group for group in groups if group["params"]]
 
 

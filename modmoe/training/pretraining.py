@@ -13,6 +13,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
+from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import check_world_size, writing
 from modmoe.training.errors import ConfigError, RunError
@@ -123,6 +124,7 @@ def _facts(run: RunConfig) -> dict[str, Any]:
         "precision": run_precision(run),
         "op backend": run.backend or os.environ.get(ENVIRONMENT_VARIABLE, "auto"),
         "engine": "plain PyTorch" if run.deepspeed is None else f"DeepSpeed ZeRO-{run.zero_stage}",
+        "expert parallel": run.expert_parallel_size,
     }
 
 
@@ -159,5 +161,7 @@ def parameter_counts(model: ModMoEForCausalLM) -> tuple[int, int]:
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    # Under ZeRO-3 a parameter is a shard that knows its true size.
-    return getattr(parameter, "ds_numel", parameter.numel())
+    """Elements of the whole parameter, of which ZeRO-3 and expert parallelism leave this process a part."""
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    part = expert_slice(parameter)
+    return size if part is None else size * part.num_experts // (part.stop - part.start)

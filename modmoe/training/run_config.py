@@ -143,6 +143,10 @@ class RunConfig(Section):
     """Length of training, batch, optimizer, precision."""
     deepspeed: dict[str, Any] | None = None
     """A DeepSpeed configuration, or the path of a JSON file with one; none: plain PyTorch."""
+    expert_parallel_size: int = Field(default=1, ge=1)
+    """Processes that share out the experts of each layer, neighbouring ranks; needs `deepspeed`."""
+    expert_parallel_chunks: int = Field(default=1, ge=1)
+    """Parts of a micro-batch whose transfers overlap with expert computation; 1 does not overlap."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -183,6 +187,11 @@ class RunConfig(Section):
     def _check_whole(self) -> Self:
         if not self.model and self.init is None:
             raise ValueError("give a 'model' section, or 'init' to start from a saved model")
+        if self.expert_parallel_size > 1 and self.deepspeed is None:
+            raise ValueError(
+                f"expert_parallel_size={self.expert_parallel_size} needs DeepSpeed: add a 'deepspeed' section, such "
+                "as configs/deepspeed/zero1.json"
+            )
         stored_in_bf16 = (self.deepspeed or {}).get("bf16", {}).get("enabled", False)
         if stored_in_bf16 not in (False, "auto") and self.optimization.precision != "bf16":
             raise ValueError(

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCont
 
 from modmoe.data import PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
+from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
 from modmoe.training.callbacks import Console, Intervals, MetricsFile, SelectionBias, Stop, TensorBoard
 from modmoe.training.checkpoint import (
@@ -194,8 +195,16 @@ class ModMoETrainer(Trainer):
         return self.lr_scheduler
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        max_norm = self.run.optimization.max_grad_norm or float("inf")
-        self._grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        gradients = [p for p in self.model.parameters() if p.grad is not None]
+        self._grad_norm = gradient_norm(gradients, self._expert_group())
+        nn.utils.clip_grads_with_norm_(gradients, self.run.optimization.max_grad_norm or float("inf"), self._grad_norm)
+
+    def _expert_group(self) -> dist.ProcessGroup | None:
+        if self.run.expert_parallel_size == 1:
+            return None
+        from modmoe.parallel.engine import expert_parallel_group  # imports DeepSpeed
+
+        return expert_parallel_group(self.run.expert_parallel_size)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self._grad_norm if self._grad_norm is not None else super()._get_grad_norm(model, grad_norm)
@@ -405,6 +414,17 @@ class ModMoETrainer(Trainer):
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         self.accelerator.wait_for_everyone()
+
+
+def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | None) -> torch.Tensor:
+    """(): Euclidean norm of the whole model's gradient; each process of `group`, if any, holds that of its experts."""
+    own = [p.grad for p in parameters if expert_slice(p) is not None and p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if expert_slice(p) is None and p.grad is not None])
+    if group is None:
+        return norm
+    squares = nn.utils.get_total_norm(own).square()
+    dist.all_reduce(squares, group=group)
+    return (norm.square() + squares).sqrt()
 
 
 def _num_tokens(batch: Batch) -> torch.Tensor:

@@ -3,10 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from modmoe import ModMoEConfig, ModMoEForCausalLM
-from modmoe.layers.experts import ExpertLinear
 from modmoe.parallel.expert_parallel import parallelize
 from modmoe.parallel.layout import expert_slice
 from modmoe.parallel.loading import fresh_model, saved_model
