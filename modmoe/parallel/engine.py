@@ -5,15 +5,18 @@ expert-parallel type. `AutoEPMoELayer` is the one type that ZeRO accepts at ever
 one without parameters; what is true of the parameters stands on these themselves. Relies on DeepSpeed 0.19.
 """
 
+import os
+from functools import cache
 from typing import Any
 
-import torch.distributed as dist
+import deepspeed
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
 from modmoe.models import ModMoEPreTrainedModel
 from modmoe.parallel.layout import expert_slice
+from modmoe.parallel.topology import Topology, topology
 
 
 def group_name(size: int) -> str:
@@ -21,15 +24,20 @@ def group_name(size: int) -> str:
     return f"ep_size_{size}"
 
 
-def expert_parallel_group(size: int) -> dist.ProcessGroup:
+@cache
+def expert_parallel_topology(size: int) -> Topology:
     """
     The group of `size` neighbouring ranks that this process belongs to; made on the first call, on all ranks.
 
-    Neighbouring ranks are on one node, where there are enough: tokens then do not leave it.
+    Neighbouring ranks are on one node, where there are enough: tokens then do not leave it. Where there are not, the
+    launcher says how many processes a node has.
     """
+    deepspeed.init_distributed()  # takes over the process group of PyTorch
     if group_name(size) not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(size)
-    return groups._get_expert_parallel_group(group_name(size))
+    # The names of torchrun's and of DeepSpeed's launcher.
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    return topology(groups._get_expert_parallel_group(group_name(size)), node_size)
 
 
 def announce(model: ModMoEPreTrainedModel, size: int) -> None:
@@ -37,7 +45,7 @@ def announce(model: ModMoEPreTrainedModel, size: int) -> None:
     Tell DeepSpeed about a model that `parallelize` has cut. Call before `deepspeed.initialize`.
 
     Args:
-        model: cut along `expert_parallel_group(size)`.
+        model: cut along `expert_parallel_topology(size)`.
         size: of that group.
     """
     for parameter in model.parameters():

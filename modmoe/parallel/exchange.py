@@ -1,10 +1,10 @@
-"""Rows travel to the processes that hold their experts, and back: uneven all-to-all, nothing dropped.
+"""The rows of one routing decision travel to the processes that hold their experts, and back; nothing is dropped.
 
 Letters: N tokens, K experts per token, S = N * K (token, slot) pairs, E experts in all, P processes in the group,
 R rows received from all of them, F features of a row.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor
 from modmoe.layers.grouped_experts import weighted_sum
 from modmoe.ops import DispatchPlan, dispatch_plan
 from modmoe.ops.backend import autocast_dtype
+from modmoe.parallel.topology import Topology
+from modmoe.parallel.transfer import Hop, Journey, Order
 
 
 class Exchange:
@@ -26,26 +28,22 @@ class Exchange:
     Args:
         top_k_index: (N, K) integer expert ids, E for none; each process has its own N, K and E are the same.
         num_experts: E, a multiple of P.
-        group: the processes.
+        topology: of the processes.
 
     Attributes:
         local_index: (R, 1) int64, which of this process's experts each received row is for.
     """
 
-    def __init__(self, top_k_index: Tensor, num_experts: int, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, top_k_index: Tensor, num_experts: int, topology: Topology) -> None:
         self._top_k = top_k_index.shape[1]
+        self._num_local = num_experts // topology.size
         self._plan: DispatchPlan = dispatch_plan(top_k_index, num_experts)
-        size = group.size()
-        sent = self._plan.tokens_per_expert
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)
-        # The only time the host waits for the device: the sizes of what follows depend on it.
-        per_process = torch.stack([sent, received]).view(2, size, -1).sum(2)
-        self._sent, self._received = per_process.tolist()
-        self._num_local = num_experts // size
-        local = torch.arange(self._num_local, device=sent.device).repeat(size)
-        self.local_index = local.repeat_interleave(received, output_size=sum(self._received))[:, None]
+        counts = self._plan.tokens_per_expert.view(topology.size, self._num_local)
+        plan_hops = _one_hop if topology.across is None else _two_hops
+        self._hops, self._orders, received = plan_hops(counts, topology)
+        local = torch.arange(self._num_local, device=counts.device).repeat(received.numel() // self._num_local)
+        num_received = sum(self._hops[-1].received)
+        self.local_index = local.repeat_interleave(received.flatten(), output_size=num_received)[:, None]
         self._local_plan: DispatchPlan | None = None
 
     @property
@@ -55,22 +53,22 @@ class Exchange:
             self._local_plan = dispatch_plan(self.local_index, self._num_local)
         return self._local_plan
 
-    def send_tokens(self, tokens: Tensor) -> "Transfer":
+    def send_tokens(self, tokens: Tensor) -> Journey:
         """(N, F), one row per token, each to all of its experts -> (R, F)."""
-        return self._send(_ToExperts.apply(tokens, self._plan, sum(self._sent), self._top_k))
+        return self._send(_ToExperts.apply(tokens, self._plan, sum(self._hops[0].sent), self._top_k))
 
-    def send_pairs(self, pairs: Tensor) -> "Transfer":
+    def send_pairs(self, pairs: Tensor) -> Journey:
         """(S, F), one row per pair in token order -> (R, F)."""
-        return self._send(_ToExperts.apply(pairs, self._plan, sum(self._sent), 1))
+        return self._send(_ToExperts.apply(pairs, self._plan, sum(self._hops[0].sent), 1))
 
-    def _send(self, rows: Tensor) -> "Transfer":
+    def _send(self, rows: Tensor) -> Journey:
         # The experts would cast them anyway.
-        rows = rows.to(autocast_dtype(rows))
-        return Transfer.start(rows, self._sent, self._received, self._group)
+        return Journey(rows.to(autocast_dtype(rows)), self._hops, self._orders)
 
-    def send_back(self, rows: Tensor) -> "Transfer":
+    def send_back(self, rows: Tensor) -> Journey:
         """(R, F), results for the received rows, to where they came from -> (at most S, F), for `to_pairs`."""
-        return Transfer.start(rows, self._received, self._sent, self._group)
+        hops, orders = reversed(self._hops), reversed(self._orders)
+        return Journey(rows, [hop.reversed() for hop in hops], [order.reversed() for order in orders])
 
     def to_pairs(self, returned: Tensor) -> Tensor:
         """What came back -> (S, F) in token order; zeros for pairs without an expert."""
@@ -79,6 +77,51 @@ class Exchange:
     def combine(self, returned: Tensor, gates: Tensor) -> Tensor:
         """What came back and gates (N, K) -> (N, F), same dtype: gate-weighted sum over slots, taken in float32."""
         return weighted_sum(self.to_pairs(returned).unflatten(0, gates.shape), gates).to(returned.dtype)
+
+
+def _one_hop(counts: Tensor, topology: Topology) -> tuple[list[Hop], list[Order], Tensor]:
+    """
+    Every row straight to its process.
+
+    Args:
+        counts: (P, E / P) int32, rows for each expert of each process.
+        topology: of the processes.
+
+    Returns:
+        the hops, the orders between them, and the rows for each of this process's experts, block after block as they
+        arrive, (blocks, E / P).
+    """
+    received = _exchange_counts(counts, topology.group)
+    # The only time the host waits for the device: the sizes of what follows depend on it.
+    sent_rows, received_rows = torch.stack([counts.sum(1), received.sum(1)]).tolist()
+    return [Hop(topology.group, sent_rows, received_rows)], [], received
+
+
+def _two_hops(counts: Tensor, topology: Topology) -> tuple[list[Hop], list[Order], Tensor]:
+    """As `_one_hop`: to the right node, to this process's own place there, and on to the right process."""
+    across, within = topology.across, topology.within
+    assert across is not None
+    assert within is not None
+    nodes, places = across.size(), within.size()
+    first = _exchange_counts(counts.view(nodes, -1), across).view(nodes, places, -1)
+    # Rows have come by the node of their sender, and within that by their own place here: the second hop wants them
+    # by place first.
+    second = first.transpose(0, 1).contiguous()
+    received = _exchange_counts(second.view(places, -1), within)
+    sums = [counts.view(nodes, -1).sum(1), first.flatten(1).sum(1), second.flatten(1).sum(1), received.sum(1)]
+    sent, between, onward, arrived = (
+        part.tolist() for part in torch.cat(sums).cpu().split([nodes, nodes, places, places])
+    )
+    place = torch.arange(places, device=counts.device).repeat(nodes)
+    place = place.repeat_interleave(first.sum(2).flatten(), output_size=sum(between))
+    order = Order.of(place.argsort(stable=True))
+    return [Hop(across, sent, between), Hop(within, onward, arrived)], [order], received
+
+
+def _exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    received = torch.empty_like(counts)
+    dist.all_to_all_single(received, counts, group=group)
+    return received
 
 
 def _pairs_of(rows: Tensor, plan: DispatchPlan) -> Tensor:
@@ -115,87 +158,3 @@ class _ToPairs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.index_select(0, ctx.plan.order[: ctx.num_routed]), None
-
-
-class Transfer:
-    """
-    One all-to-all on its way, forward and backward.
-
-    Starting and finishing are nodes of their own in the autograd graph. Backward goes through them in the opposite
-    order: what finishes a transfer in the forward pass starts that of its gradient, so work between the two overlaps
-    with it in both directions.
-    """
-
-    def __init__(self, rows: Tensor, state: "_State") -> None:
-        self._rows = rows
-        self._state = state
-
-    @classmethod
-    def start(cls, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Self:
-        """
-        Args:
-            rows: (sum(sent), F), in order of the processes they go to.
-            sent: rows for each process.
-            received: rows from each process.
-            group: the processes.
-        """
-        state = _State(sent, received, group)
-        return cls(_Start.apply(rows, state), state)
-
-    def finish(self) -> Tensor:
-        """(sum(received), F), in order of the processes they come from."""
-        return _Finish.apply(self._rows, self._state)
-
-
-class _State:
-    """What both nodes of a transfer know."""
-
-    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
-        self.sent = sent
-        self.received = received
-        self.group = group
-        self.work: Any = None
-        # Neither may be freed while it is read or written.
-        self.leaving: Tensor | None = None
-        self.arriving: Tensor | None = None
-
-    def launch(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        self.leaving = rows.contiguous()
-        self.arriving = rows.new_empty(sum(received), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.arriving, self.leaving, received, sent, group=self.group, async_op=True
-        )
-        return self.arriving
-
-    def wait(self) -> Tensor:
-        self.work.wait()
-        assert self.arriving is not None
-        arrived, self.work, self.leaving, self.arriving = self.arriving, None, None, None
-        return arrived
-
-
-class _Start(torch.autograd.Function):
-    """Returns its input, so that shapes are right on both sides of the graph; what arrives is in the state."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, state: _State) -> Tensor:
-        ctx.state = state
-        state.launch(rows, state.sent, state.received)
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.state.wait()
-        return grad, None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, state: _State) -> Tensor:
-        ctx.state = state
-        return state.wait()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # On its way until _Start.backward, the only reader, waits for it.
-        return ctx.state.launch(grad, ctx.state.received, ctx.state.sent), None

@@ -4,19 +4,21 @@ Applied to a built model from outside, as PyTorch's `fully_shard` is: modules an
 pool's class becomes a subclass that sends rows to the processes of their experts. DeepSpeed learns of it in `engine`.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from modmoe.layers.experts import AttentionExperts
 from modmoe.models import ModMoEPreTrainedModel
 from modmoe.parallel.exchange import Exchange
 from modmoe.parallel.layout import ExpertSlice, expert_slice, set_expert_slice
+from modmoe.parallel.topology import Topology
+from modmoe.parallel.transfer import Journey
 
 
-def parallelize(model: ModMoEPreTrainedModel, group: dist.ProcessGroup, *, chunks: int = 1) -> None:
+def parallelize(model: ModMoEPreTrainedModel, topology: Topology, *, chunks: int = 1) -> None:
     """
     Keep this process's experts of every pool, in place, and route rows to the others.
 
@@ -25,7 +27,8 @@ def parallelize(model: ModMoEPreTrainedModel, group: dist.ProcessGroup, *, chunk
 
     Args:
         model: with all experts, or with those of this process by `keep_own_experts`.
-        group: processes that share each pool; the first has the first experts. They must run the model equally often.
+        topology: processes that share each pool; the first has the first experts. They must run the model equally
+            often.
         chunks: parts of a batch whose transfers overlap with the expert computation of others.
 
     Raises:
@@ -33,18 +36,18 @@ def parallelize(model: ModMoEPreTrainedModel, group: dist.ProcessGroup, *, chunk
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
-    if group.size() == 1 and chunks == 1:
+    if topology.size == 1:
         return
-    check_divisible(model, group.size())
+    check_divisible(model, topology.size)
     for _, pool in model.routed_pools():
         for module in pool.modules():
-            keep_own_experts(module, group)
+            keep_own_experts(module, topology)
         experts: Any = pool
         mixin = _ParallelAttentionExperts if isinstance(experts, AttentionExperts) else _ParallelFFN
         kind = type(experts)
         experts.__class__ = type(f"Parallel{kind.__name__}", (mixin, kind), {"__module__": __name__})
-        experts.num_experts = experts.num_experts // group.size()
-        experts.group = group
+        experts.num_experts = experts.num_experts // topology.size
+        experts.topology = topology
         experts.chunks = chunks
     # Processes that have finished their text go on with the others: these need their experts.
     model.generate = _generate_together(model)  # type: ignore[method-assign]
@@ -64,9 +67,9 @@ def check_divisible(model: ModMoEPreTrainedModel, size: int) -> None:
             )
 
 
-def keep_own_experts(module: nn.Module, group: dist.ProcessGroup) -> None:
+def keep_own_experts(module: nn.Module, topology: Topology) -> None:
     """Replace the module's own stacked weights (E, out, in) by this process's part of them, once."""
-    rank, size = group.rank(), group.size()
+    rank, size = topology.rank, topology.size
     for name, parameter in list(module.named_parameters(recurse=False)):
         if expert_slice(parameter) is not None:
             continue
@@ -90,13 +93,13 @@ class _Parallel:
     """What both kinds of pools share; `super()` of the subclasses is the pool's own class."""
 
     num_experts: int
-    group: dist.ProcessGroup
+    topology: Topology
     chunks: int
 
     def _exchanges(self, top_k_index: Tensor) -> list[Exchange]:
         """One per chunk of tokens."""
-        total = self.num_experts * self.group.size()
-        return [Exchange(part, total, self.group) for part in top_k_index.tensor_split(self.chunks)]
+        total = self.num_experts * self.topology.size
+        return [Exchange(part, total, self.topology) for part in top_k_index.tensor_split(self.chunks)]
 
 
 class _ParallelFFN(_Parallel):
@@ -104,22 +107,16 @@ class _ParallelFFN(_Parallel):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(N, H), (N, K), (N, K) -> (N, H), as without parallelism; index E means none."""
+        own_experts = super().forward  # type: ignore[misc]
+
+        def compute(rows: Tensor, exchange: Exchange) -> Tensor:
+            # Each row has one expert here, and its gate is applied at home.
+            return own_experts(rows, exchange.local_index, rows.new_ones(exchange.local_index.shape))
+
         exchanges = self._exchanges(top_k_index)
-        parts = hidden_states.tensor_split(self.chunks)
-        arriving = [exchange.send_tokens(part) for exchange, part in zip(exchanges, parts, strict=True)]
-        leaving = []
-        for exchange, transfer in zip(exchanges, arriving, strict=True):
-            rows = transfer.finish()
-            gates = rows.new_ones(exchange.local_index.shape)
-            rows = cast(Any, super()).forward(rows, exchange.local_index, gates)
-            leaving.append(exchange.send_back(rows))
-        outputs = [
-            exchange.combine(transfer.finish(), gates)
-            for exchange, transfer, gates in zip(
-                exchanges, leaving, top_k_weights.tensor_split(self.chunks), strict=True
-            )
-        ]
-        return torch.cat(outputs).to(hidden_states.dtype)
+        parts = zip(exchanges, hidden_states.tensor_split(self.chunks), strict=True)
+        leaving = _through_experts(compute, exchanges, [exchange.send_tokens(part) for exchange, part in parts])
+        return _combine(exchanges, leaving, top_k_weights).to(hidden_states.dtype)
 
 
 class _ParallelAttentionExperts(_Parallel):
@@ -129,33 +126,47 @@ class _ParallelAttentionExperts(_Parallel):
     o_proj: nn.Module
 
     def plan(self, top_k_index: Tensor) -> list[Exchange]:
+        """(N, K) expert ids, E for none -> what `map` and `reduce` take."""
         return self._exchanges(top_k_index)
 
     def map(self, hidden_states: Tensor, plan: list[Exchange] | None, top_k: int) -> Tensor:
         """(N, H) -> queries (N * K, A), in token order; of pairs without an expert 0."""
         assert plan is not None, "dense layers have no pool to share"
-        parts = hidden_states.tensor_split(self.chunks)
-        arriving = [exchange.send_tokens(part) for exchange, part in zip(plan, parts, strict=True)]
-        leaving = self._project(self.q_proj, plan, arriving)
-        return torch.cat([exchange.to_pairs(t.finish()) for exchange, t in zip(plan, leaving, strict=True)])
+        parts = zip(plan, hidden_states.tensor_split(self.chunks), strict=True)
+        leaving = self._project(self.q_proj, plan, [exchange.send_tokens(part) for exchange, part in parts])
+        return torch.cat([exchange.to_pairs(rows.finish()) for exchange, rows in zip(plan, leaving, strict=True)])
 
     def reduce(self, heads: Tensor, plan: list[Exchange] | None, top_k: int, gates: Tensor | None) -> Tensor:
         """(N * K, A) -> (N, H): output projections, weighted by gates (N, K) and summed over the chosen experts."""
         assert plan is not None, "dense layers have no pool to share"
         assert gates is not None
-        parts = [part.flatten(0, 1) for part in heads.unflatten(0, gates.shape).tensor_split(self.chunks)]
-        arriving = [exchange.send_pairs(part) for exchange, part in zip(plan, parts, strict=True)]
-        leaving = self._project(self.o_proj, plan, arriving)
-        outputs = [
-            exchange.combine(transfer.finish(), part)
-            for exchange, transfer, part in zip(plan, leaving, gates.tensor_split(self.chunks), strict=True)
-        ]
-        return torch.cat(outputs)
+        parts = zip(plan, heads.unflatten(0, gates.shape).tensor_split(self.chunks), strict=True)
+        arriving = [exchange.send_pairs(part.flatten(0, 1)) for exchange, part in parts]
+        return _combine(plan, self._project(self.o_proj, plan, arriving), gates)
 
-    def _project(self, projection: nn.Module, plan: list[Exchange], arriving: list[Any]) -> list[Any]:
-        return [
-            exchange.send_back(
-                projection(transfer.finish(), exchange.local_plan, top_k=1, source="token", target="pair")
-            )
-            for exchange, transfer in zip(plan, arriving, strict=True)
-        ]
+    def _project(self, projection: nn.Module, plan: list[Exchange], arriving: list[Journey]) -> list[Journey]:
+        def compute(rows: Tensor, exchange: Exchange) -> Tensor:
+            product: Tensor = projection(rows, exchange.local_plan, top_k=1, source="token", target="pair")
+            return product
+
+        return _through_experts(compute, plan, arriving)
+
+
+def _through_experts(
+    compute: Callable[[Tensor, Exchange], Tensor], exchanges: list[Exchange], arriving: list[Journey]
+) -> list[Journey]:
+    """Chunk after chunk: while the rows of one are with the experts, those of its neighbours travel."""
+    leaving: list[Journey] = []
+    for number, exchange in enumerate(exchanges):
+        if number + 1 < len(arriving):
+            arriving[number + 1].advance()
+        leaving.append(exchange.send_back(compute(arriving[number].finish(), exchange)))
+        if number:
+            leaving[number - 1].advance()
+    return leaving
+
+
+def _combine(exchanges: list[Exchange], leaving: list[Journey], gates: Tensor) -> Tensor:
+    """Rows on their way home and gates (N, K) of all chunks -> (N, F)."""
+    parts = zip(exchanges, leaving, gates.tensor_split(len(exchanges)), strict=True)
+    return torch.cat([exchange.combine(rows.finish(), part) for exchange, rows, part in parts])

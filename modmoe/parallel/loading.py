@@ -6,67 +6,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
 from modmoe.parallel.expert_parallel import check_divisible, keep_own_experts, parallelize
 from modmoe.parallel.layout import expert_slice
+from modmoe.parallel.topology import Topology
 
 
-def fresh_model(config: ModMoEConfig, group: dist.ProcessGroup | None = None, *, chunks: int = 1) -> ModMoEForCausalLM:
+def fresh_model(config: ModMoEConfig, topology: Topology | None = None, *, chunks: int = 1) -> ModMoEForCausalLM:
     """
     A model with random weights in float32, whole or with this process's experts.
 
-    From the same random state come the same weights, whatever the group: they are drawn one by one and cut at once,
+    From the same random state come the same weights, whatever the topology: they are drawn one by one and cut at once,
     so that no more than one stacked weight is ever there in full. (`from_config` would also draw what PyTorch's
     modules start with.)
 
     Args:
         config: of the whole model.
-        group, chunks: as for `parallelize`; without a group the model is whole.
+        topology, chunks: as for `parallelize`; without a topology the model is whole.
 
     Raises:
         ValueError: if a pool's experts cannot be shared out evenly.
     """
-    model = _on_meta(config, group)
+    model = _on_meta(config, topology)
     pools = {module for _, experts in model.routed_pools() for module in experts.modules()}
 
     def initialize(module: nn.Module) -> None:
         _materialize(module)
         model._init_weights(module)
-        if group is not None and module in pools:
-            keep_own_experts(module, group)
+        if topology is not None and module in pools:
+            keep_own_experts(module, topology)
 
     # Children first, as transformers goes through a model.
     _visit(model, initialize)
     model.tie_weights()
-    if group is not None:
-        parallelize(model, group, chunks=chunks)
+    if topology is not None:
+        parallelize(model, topology, chunks=chunks)
     return model
 
 
 @torch.no_grad()
-def saved_model(
-    directory: Path, config: ModMoEConfig, group: dist.ProcessGroup, *, chunks: int = 1
-) -> ModMoEForCausalLM:
+def saved_model(directory: Path, config: ModMoEConfig, topology: Topology, *, chunks: int = 1) -> ModMoEForCausalLM:
     """
     A saved model with this process's experts, in float32; other experts are never read.
 
     Args:
         directory: a plain Hugging Face directory of the native format.
         config: of the whole model.
-        group, chunks: as for `parallelize`.
+        topology, chunks: as for `parallelize`.
 
     Raises:
         ValueError: if a pool's experts cannot be shared out evenly, or weights are missing, of other shapes, or have
             no place in the model.
     """
-    model = _on_meta(config, group)
+    model = _on_meta(config, topology)
     for _, experts in model.routed_pools():
         for module in experts.modules():
-            keep_own_experts(module, group)
+            keep_own_experts(module, topology)
 
     def materialize(module: nn.Module) -> None:
         _materialize(module)
@@ -76,15 +74,15 @@ def saved_model(
     _visit(model, materialize)
     model.tie_weights()
     _read(model, directory)
-    parallelize(model, group, chunks=chunks)
+    parallelize(model, topology, chunks=chunks)
     return model
 
 
-def _on_meta(config: ModMoEConfig, group: dist.ProcessGroup | None) -> ModMoEForCausalLM:
+def _on_meta(config: ModMoEConfig, topology: Topology | None) -> ModMoEForCausalLM:
     with torch.device("meta"):
         model = ModMoEForCausalLM(config)
-    if group is not None:
-        check_divisible(model, group.size())
+    if topology is not None:
+        check_divisible(model, topology.size)
     return model
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
 from modmoe.parallel.loading import fresh_model, saved_model
+from modmoe.parallel.topology import Topology
 from modmoe.training.bootstrap import world_size
 from modmoe.training.errors import ConfigError
 from modmoe.training.run_config import RunConfig, build_model_config
@@ -44,7 +44,7 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ModMoEFor
 
 def _fresh(config: ModMoEConfig, run: RunConfig) -> ModMoEForCausalLM:
     if run.expert_parallel_size > 1:
-        return _in_parts(run, lambda group: fresh_model(config, group, chunks=run.expert_parallel_chunks))
+        return _in_parts(run, lambda topology: fresh_model(config, topology, chunks=run.expert_parallel_chunks))
     if run.zero_stage == 3:  # where transformers shards while it builds
         return AutoModelForCausalLM.from_config(config)
     return fresh_model(config)
@@ -58,12 +58,12 @@ def _saved(directory: Path, config: PreTrainedConfig, run: RunConfig) -> PreTrai
             f"expert_parallel_size={run.expert_parallel_size} reads the native format only, not "
             f"{config.model_type!r}: convert it first, with tools/convert_moduleformer.py if it is IBM's"
         )
-    return _in_parts(run, lambda group: saved_model(directory, config, group, chunks=run.expert_parallel_chunks))
+    return _in_parts(run, lambda topology: saved_model(directory, config, topology, chunks=run.expert_parallel_chunks))
 
 
-def _in_parts(run: RunConfig, make: Callable[[dist.ProcessGroup], ModMoEForCausalLM]) -> ModMoEForCausalLM:
+def _in_parts(run: RunConfig, make: Callable[[Topology], ModMoEForCausalLM]) -> ModMoEForCausalLM:
     """A model of which this process has a part, as DeepSpeed must see it."""
-    from modmoe.parallel.engine import announce, expert_parallel_group  # imports DeepSpeed
+    from modmoe.parallel.engine import announce, expert_parallel_topology  # imports DeepSpeed
 
     size = run.expert_parallel_size
     if world_size() % size:
@@ -72,7 +72,7 @@ def _in_parts(run: RunConfig, make: Callable[[dist.ProcessGroup], ModMoEForCausa
             "or start another number of processes"
         )
     try:
-        model = make(expert_parallel_group(size))
+        model = make(expert_parallel_topology(size))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     announce(model, size)

@@ -202,9 +202,9 @@ class ModMoETrainer(Trainer):
     def _expert_group(self) -> dist.ProcessGroup | None:
         if self.run.expert_parallel_size == 1:
             return None
-        from modmoe.parallel.engine import expert_parallel_group  # imports DeepSpeed
+        from modmoe.parallel.engine import expert_parallel_topology  # imports DeepSpeed
 
-        return expert_parallel_group(self.run.expert_parallel_size)
+        return expert_parallel_topology(self.run.expert_parallel_size).group
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return self._grad_norm if self._grad_norm is not None else super()._get_grad_norm(model, grad_norm)

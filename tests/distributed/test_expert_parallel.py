@@ -8,6 +8,7 @@ from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.parallel.expert_parallel import parallelize
 from modmoe.parallel.layout import expert_slice
 from modmoe.parallel.loading import fresh_model, saved_model
+from modmoe.parallel.topology import Topology, topology
 from tests.launching import run_ranks
 
 TINY = {
@@ -71,12 +72,12 @@ def step_alone(fields, padded, crowded):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def step_in_parallel(fields, padded, crowded, size, chunks):
+def step_in_parallel(fields, padded, crowded, size, node_size, chunks):
     """On each rank: the step's loss, and the whole step's gradient of the parameters that it holds."""
     rank, world = dist.get_rank(), dist.get_world_size()
     group, replicas = expert_groups(size)
     model, data = build(fields, crowded), batch(padded)
-    parallelize(model, group, chunks=chunks)
+    parallelize(model, topology(group, node_size), chunks=chunks)
     loss = share_of_step(model, {key: value.chunk(world)[rank] for key, value in data.items()}, data)
     loss.backward()
     total = loss.detach().clone()
@@ -107,13 +108,15 @@ CASES = {
 }
 
 
-def all_steps_in_parallel(cases, size, chunks):
-    return [step_in_parallel(*case, size, chunks) for case in cases]
+def all_steps_in_parallel(cases, *layout):
+    return [step_in_parallel(*case, *layout) for case in cases]
 
 
-@pytest.mark.parametrize(("world", "size", "chunks"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (2, 2, 3)])
-def test_loss_and_gradients_are_those_of_one_process(world, size, chunks):
-    ranks = run_ranks(all_steps_in_parallel, world, list(CASES.values()), size, chunks)
+@pytest.mark.parametrize(
+    ("world", "size", "node_size", "chunks"), [(2, 2, 2, 1), (4, 2, 4, 1), (4, 4, 4, 1), (2, 2, 2, 3), (4, 4, 2, 2)]
+)
+def test_loss_and_gradients_are_those_of_one_process(world, size, node_size, chunks):
+    ranks = run_ranks(all_steps_in_parallel, world, list(CASES.values()), size, node_size, chunks)
     for case, arguments in enumerate(CASES.values()):
         loss, gradients = step_alone(*arguments)
         for rank in ranks:
@@ -127,17 +130,17 @@ def test_loss_and_gradients_are_those_of_one_process(world, size, chunks):
 
 def models_in_parts(fields, directory):
     """On each rank: whether a fresh and a loaded model in parts hold what the whole ones hold."""
-    group = dist.group.WORLD
+    topology = Topology(dist.group.WORLD)
     config = ModMoEConfig(**(TINY | fields))
     torch.manual_seed(3)
     whole = fresh_model(config)
     torch.manual_seed(3)
-    fresh = fresh_model(config, group)
+    fresh = fresh_model(config, topology)
     if dist.get_rank() == 0:
         whole.save_pretrained(directory, max_shard_size="10KB")
     dist.barrier()
     torch.manual_seed(4)
-    loaded = saved_model(directory, config, group)
+    loaded = saved_model(directory, config, topology)
     return [_same(model, whole) for model in (fresh, loaded)]
 
 
@@ -158,3 +161,74 @@ def test_parts_are_made_and_read_without_the_whole(tmp_path):
     ):
         for shares in run_ranks(models_in_parts, 2, fields, tmp_path / str(number)):
             assert max(shares) < 0.75
+
+
+def texts(fields, size):
+    group, _ = expert_groups(size)
+    model = build(fields).eval()
+    parallelize(model, Topology(group))
+    # Every rank has a prompt of its own, and some are done much sooner.
+    rank = dist.get_rank()
+    ids = torch.arange(1, 4 + 2 * rank)[None]
+    return model.generate(ids, max_new_tokens=3 + 5 * rank, do_sample=False, pad_token_id=0)[0].tolist()
+
+
+def test_generation_goes_on_until_the_last_rank_is_done():
+    model = build({}).eval()
+    for rank, found in enumerate(run_ranks(texts, 2, {}, 2)):
+        ids = torch.arange(1, 4 + 2 * rank)[None]
+        expected = model.generate(ids, max_new_tokens=3 + 5 * rank, do_sample=False, pad_token_id=0)
+        assert found == expected[0].tolist()
+
+
+def bytes_sent(tokens):
+    """Bytes that leave this rank in one step, and what docs/distributed.md says of them."""
+    sent = 0
+    original = dist.all_to_all_single
+
+    def counted(output, rows, received=None, to_send=None, **kwargs):
+        nonlocal sent
+        if to_send is not None:  # rows; the counts of rows are a few bytes per layer
+            home = to_send[dist.get_rank()]
+            sent += (len(rows) - home) * rows[:1].numel() * rows.element_size()
+        return original(output, rows, received, to_send, **kwargs)
+
+    model = build({}).float()
+    parallelize(model, Topology(dist.group.WORLD))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    ids = torch.randint(1, 50, (1, tokens), generator=generator)
+    dist.all_to_all_single = counted
+    try:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    finally:
+        dist.all_to_all_single = original
+    return sent
+
+
+def test_bytes_sent_are_those_of_the_formula():
+    world, tokens = 2, 400
+    sent = sum(run_ranks(bytes_sent, world, tokens))
+    hidden, heads = TINY["hidden_size"], TINY["num_attention_heads"] * TINY["head_dim"]
+    ffn = 4 * TINY["num_experts_per_tok"] * hidden
+    attention = 4 * TINY["num_attn_experts_per_tok"] * (hidden + heads)
+    expected = world * tokens * TINY["num_hidden_layers"] * (ffn + attention) * 4 * (world - 1) / world
+    # The share that stays at home is 1 / P on average; these routers are random.
+    assert sent == pytest.approx(expected, rel=0.1)
+
+
+def refusals():
+    messages = []
+    for fields, chunks in (({"num_experts": 3}, 1), ({}, 0)):
+        try:
+            parallelize(build(fields), Topology(dist.group.WORLD), chunks=chunks)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_experts_that_cannot_be_shared_out_are_refused():
+    for messages in run_ranks(refusals, 2):
+        assert messages == [
+            "expert_parallel_size=2 does not divide the 3 experts of model.layers.0.mlp.experts: choose a divisor",
+            "chunks must be at least 1, got 0",
+        ]
