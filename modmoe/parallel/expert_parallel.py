@@ -70,6 +70,8 @@ def check_divisible(model: ModMoEPreTrainedModel, size: int) -> None:
 def keep_own_experts(module: nn.Module, topology: Topology) -> None:
     """Replace the module's own stacked weights (E, out, in) by this process's part of them, once."""
     rank, size = topology.rank, topology.size
+    if size == 1:
+        return
     for name, parameter in list(module.named_parameters(recurse=False)):
         if expert_slice(parameter) is not None:
             continue

@@ -42,6 +42,12 @@ class CPUStopwatch:
             return None
 
 
+def resident_mib() -> float:
+    """Resident memory of this process, without what glibc keeps for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _resident_kib("VmRSS") / 1024
+
+
 def _resident_kib(field: str) -> int:
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1])
