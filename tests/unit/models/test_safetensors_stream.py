@@ -44,6 +44,10 @@ def test_safetensors_reads_what_was_written_in_pieces(tmp_path):
         write_in_pieces(writer, TENSORS)
     assert_same(load_file(path), TENSORS)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(header[name]["data_offsets"][0] % spec.dtype.itemsize == 0 for name, spec in SPECS.items())
 
 
 def test_a_slice_of_another_layout_is_written_in_its_own_order(tmp_path):
