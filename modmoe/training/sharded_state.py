@@ -80,6 +80,8 @@ def write_index(directory: Path, world_size: int) -> None:
     tensors: dict[str, dict[str, Any]] = {}
     values: dict[str, Any] = {}
     for rank in range(world_size):
+        if not (directory / rank_file(rank)).is_file():
+            raise FileNotFoundError(f"{rank_file(rank)} is missing: all processes must share {directory}")
         file = open_safetensors(directory / rank_file(rank))
         metadata = file.metadata()
         for key, value in json.loads(metadata[_VALUES]).items():

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
 from modmoe.data import PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
@@ -30,9 +31,12 @@ from modmoe.training.checkpoint import (
     prune_checkpoints,
     read_manifest,
     step_of,
+    together,
     writing,
 )
 from modmoe.training.clock import Clock
+from modmoe.training.consolidation import write_weights
+from modmoe.training.engine_state import EngineState
 from modmoe.training.errors import RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
 from modmoe.training.optimizer import build_optimizer, build_scheduler
@@ -40,7 +44,11 @@ from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
 from modmoe.training.router_load import RouterLoads, routed_layers
 from modmoe.training.run_config import RunConfig
+from modmoe.training.sharded_state import Piece, ShardedState, write_index, write_pieces
 
+_STATE_DIR = "state"
+# What a saved config says beyond the architecture.
+_NOT_ARCHITECTURE = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}
 Batch = dict[str, torch.Tensor]
 
 
@@ -160,6 +168,7 @@ class ModMoETrainer(Trainer):
         self._step_batches: list[Batch] = []
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
+        self._engine_state: Any = None
         callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
@@ -342,6 +351,17 @@ class ModMoETrainer(Trainer):
         self._window_start = (first, time.perf_counter())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Engines would look for files of their own formats.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._engine_state = EngineState(self.model, self.optimizer)
+        if resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Nothing yet: weights come with the optimizer's state."""
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log loss and bits per byte of each domain."""
         with self._untimed():
@@ -378,16 +398,85 @@ class ModMoETrainer(Trainer):
             self.accelerator.wait_for_everyone()
             try:
                 with writing(directory, self.run.output_dir):
-                    super()._save_checkpoint(model, trial)
-                    self.accelerator.wait_for_everyone()
-                    if self.args.should_save:
-                        save_run_file(self.run, directory, self.facts)
-                        mark_complete(directory, self.args.world_size, self.clock.now())
+                    self._write_checkpoint(directory)
             except RunError:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             if self.args.should_save:
                 prune_checkpoints(self.run.output_dir, self.run.checkpoint.keep)
+
+    def _write_checkpoint(self, directory: Path) -> None:
+        def complete() -> None:
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+            save_run_file(self.run, directory, self.facts)
+            blocks = self.run.blocks_per_step(self.args.world_size)
+            mark_complete(directory, self.args.world_size, blocks, self.clock.now())
+
+        assert self.lr_scheduler is not None
+        schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
+        values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
+        together(lambda: self._save_rng_state(str(directory)))
+        self._write_model(directory, directory / _STATE_DIR, self._engine_state.pieces(), values)
+        together(complete if self.args.should_save else _nothing)
+
+    def _write_model(self, directory: Path, state: Path, pieces: Iterator[Piece], values: dict[str, Any]) -> None:
+        """Write everybody's pieces to `state`, and a plain Hugging Face directory made of them to `directory`."""
+
+        def own_part() -> None:
+            state.mkdir(parents=True, exist_ok=True)
+            write_pieces(state, self.args.process_index, pieces, values)
+
+        def whole() -> None:
+            write_index(state, self.args.world_size)
+            dtypes = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+            write_weights(ShardedState(state), directory, dtypes)
+            model.config.dtype = str(model.dtype).removeprefix("torch.")
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(directory)
+            model.generation_config.save_pretrained(directory)
+            self.data.tokenizer.save_pretrained(directory)
+
+        model = self.model
+        together(own_part)
+        together(whole if self.args.should_save else _nothing)
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """
+        Go on from a checkpoint of any number of processes, any sharding and any engine.
+
+        Raises:
+            RunError: if it is not one of this model and optimizer, or damaged.
+        """
+        try:
+            state = ShardedState(checkpoint / _STATE_DIR)
+            self._check_fits(checkpoint, state)
+            self._engine_state.load(state)
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot resume from {checkpoint}: {error}") from error
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        schedule = {**state.values["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _check_fits(self, checkpoint: Path, state: ShardedState) -> None:
+        there = type(self.model.config).from_pretrained(checkpoint).to_dict()
+        here = self.model.config.to_dict()
+        for name in sorted((there.keys() | here.keys()) - _NOT_ARCHITECTURE):
+            if there.get(name) != here.get(name):
+                raise ValueError(f"its model has {name}={there.get(name)!r}, this run's {here.get(name)!r}")
+        if state.values["optimizer"] != self.run.optimization.optimizer:
+            raise ValueError(
+                f"its optimizer is {state.values['optimizer']}, this run's {self.run.optimization.optimizer}"
+            )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The states of all processes if there are as many as before, else new ones that no step has had."""
+        if checkpoint is None or read_manifest(Path(checkpoint))["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        entropy = [self.run.seed, self.state.global_step, self.args.process_index]
+        set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _is_finite(self) -> bool:
         """Whether all weights and all losses since the last record are finite, on all ranks."""
@@ -405,12 +494,13 @@ class ModMoETrainer(Trainer):
 
         It appears, and replaces the one before, only once it is complete.
         """
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        temporary = directory.with_name(f".{directory.name}.tmp")
         if self.args.should_save:
-            temporary = directory.with_name(f".{directory.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary, state_dict=state_dict)
-            self.data.tokenizer.save_pretrained(temporary)
+        self.accelerator.wait_for_everyone()
+        self._write_model(temporary, temporary / _STATE_DIR, self._engine_state.weights(), {})
+        if self.args.should_save:
+            shutil.rmtree(temporary / _STATE_DIR)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         self.accelerator.wait_for_everyone()
@@ -425,6 +515,10 @@ def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | Non
     squares = nn.utils.get_total_norm(own).square()
     dist.all_reduce(squares, group=group)
     return (norm.square() + squares).sqrt()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _num_tokens(batch: Batch) -> torch.Tensor:
