@@ -21,6 +21,8 @@ from modmoe.training.errors import RunError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
+# The directory, in a checkpoint, of what the processes saved in pieces.
+STATE = "state"
 _MANIFEST_KEYS = {"world_size", "blocks_per_step", "seconds", "files"}
 _PREFIX = "checkpoint-"
 

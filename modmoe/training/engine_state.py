@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from modmoe.parallel.layout import expert_slice
+from modmoe.training.checkpoint import together
 from modmoe.training.errors import RunError
 from modmoe.training.sharded_state import Piece, ShardedState
 
@@ -100,6 +101,10 @@ class EngineState:
             ValueError: if the tensors are those of another model, or a file is damaged or truncated.
             FileNotFoundError: if a file is missing.
         """
+        together(lambda: self._read(state))
+        self._engine.finish_loading()
+
+    def _read(self, state: ShardedState) -> None:
         self._check_same_tensors(state)
         self._engine.begin_loading()
         self._optimizer.state.clear()
@@ -110,10 +115,9 @@ class EngineState:
                 fragment.group["lr"] = numbers.pop(_LEARNING_RATE, fragment.group["lr"])
             if fragment.weight.numel():
                 state.read(_key(WEIGHT, fragment), fragment.start, fragment.weight)
-                self._load_optimizer_state(state, fragment, moments, numbers)
-        self._engine.finish_loading()
+                self._read_optimizer_state(state, fragment, moments, numbers)
 
-    def _load_optimizer_state(
+    def _read_optimizer_state(
         self, state: ShardedState, fragment: _Fragment, moments: list[str], numbers: dict[str, float]
     ) -> None:
         """A tensor of the optimizer's is made with the first of the parameters that it covers."""

@@ -8,7 +8,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
 from modmoe.training.callbacks import Console, Intervals, MetricsFile, SelectionBias, Stop, TensorBoard
 from modmoe.training.checkpoint import (
+    STATE,
     checkpoint_dir,
     latest_complete,
     mark_complete,
@@ -35,7 +36,7 @@ from modmoe.training.checkpoint import (
     writing,
 )
 from modmoe.training.clock import Clock
-from modmoe.training.consolidation import write_weights
+from modmoe.training.consolidation import check_same_architecture, write_model
 from modmoe.training.engine_state import EngineState
 from modmoe.training.errors import RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
@@ -46,9 +47,6 @@ from modmoe.training.router_load import RouterLoads, routed_layers
 from modmoe.training.run_config import RunConfig
 from modmoe.training.sharded_state import Piece, ShardedState, write_index, write_pieces
 
-_STATE_DIR = "state"
-# What a saved config says beyond the architecture.
-_NOT_ARCHITECTURE = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}
 Batch = dict[str, torch.Tensor]
 
 
@@ -406,39 +404,37 @@ class ModMoETrainer(Trainer):
                 prune_checkpoints(self.run.output_dir, self.run.checkpoint.keep)
 
     def _write_checkpoint(self, directory: Path) -> None:
+        assert self.lr_scheduler is not None
+        schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
+        values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
+
         def complete() -> None:
             self.state.save_to_json(str(directory / "trainer_state.json"))
             save_run_file(self.run, directory, self.facts)
             blocks = self.run.blocks_per_step(self.args.world_size)
             mark_complete(directory, self.args.world_size, blocks, self.clock.now())
 
-        assert self.lr_scheduler is not None
-        schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
-        values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
         together(lambda: self._save_rng_state(str(directory)))
-        self._write_model(directory, directory / _STATE_DIR, self._engine_state.pieces(), values)
-        together(complete if self.args.should_save else _nothing)
+        self._write_model(directory, self._engine_state.pieces(), values)
+        self._on_main_process(complete)
 
-    def _write_model(self, directory: Path, state: Path, pieces: Iterator[Piece], values: dict[str, Any]) -> None:
-        """Write everybody's pieces to `state`, and a plain Hugging Face directory made of them to `directory`."""
+    def _write_model(self, directory: Path, pieces: Iterator[Piece], values: dict[str, Any]) -> None:
+        """Write everybody's pieces below a directory, and to itself the plain model that they make up."""
 
         def own_part() -> None:
-            state.mkdir(parents=True, exist_ok=True)
-            write_pieces(state, self.args.process_index, pieces, values)
+            (directory / STATE).mkdir(parents=True, exist_ok=True)
+            write_pieces(directory / STATE, self.args.process_index, pieces, values)
 
         def whole() -> None:
-            write_index(state, self.args.world_size)
-            dtypes = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-            write_weights(ShardedState(state), directory, dtypes)
-            model.config.dtype = str(model.dtype).removeprefix("torch.")
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(directory)
-            model.generation_config.save_pretrained(directory)
-            self.data.tokenizer.save_pretrained(directory)
+            write_index(directory / STATE, self.args.world_size)
+            write_model(ShardedState(directory / STATE), directory, self.model, self.data.tokenizer)
 
-        model = self.model
         together(own_part)
-        together(whole if self.args.should_save else _nothing)
+        self._on_main_process(whole)
+
+    def _on_main_process(self, action: Callable[[], None]) -> None:
+        """The others wait, and fail where it fails."""
+        together(lambda: action() if self.args.should_save else None)
 
     def _load_state(self, checkpoint: Path) -> None:
         """
@@ -447,28 +443,20 @@ class ModMoETrainer(Trainer):
         Raises:
             RunError: if it is not one of this model and optimizer, or damaged.
         """
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         try:
-            state = ShardedState(checkpoint / _STATE_DIR)
-            self._check_fits(checkpoint, state)
+            state = ShardedState(checkpoint / STATE)
+            check_same_architecture(checkpoint, self.model.config)
+            if state.values["optimizer"] != self.run.optimization.optimizer:
+                ours = self.run.optimization.optimizer
+                raise ValueError(f"its optimizer is {state.values['optimizer']}, this run's {ours}")
             self._engine_state.load(state)
         except (OSError, ValueError) as error:
             raise RunError(f"cannot resume from {checkpoint}: {error}") from error
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
         rates = [group["lr"] for group in self.optimizer.param_groups]
         schedule = {**state.values["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
         self.lr_scheduler.load_state_dict(schedule)
-
-    def _check_fits(self, checkpoint: Path, state: ShardedState) -> None:
-        there = type(self.model.config).from_pretrained(checkpoint).to_dict()
-        here = self.model.config.to_dict()
-        for name in sorted((there.keys() | here.keys()) - _NOT_ARCHITECTURE):
-            if there.get(name) != here.get(name):
-                raise ValueError(f"its model has {name}={there.get(name)!r}, this run's {here.get(name)!r}")
-        if state.values["optimizer"] != self.run.optimization.optimizer:
-            raise ValueError(
-                f"its optimizer is {state.values['optimizer']}, this run's {self.run.optimization.optimizer}"
-            )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The states of all processes if there are as many as before, else new ones that no step has had."""
@@ -498,9 +486,9 @@ class ModMoETrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._write_model(temporary, temporary / _STATE_DIR, self._engine_state.weights(), {})
+        self._write_model(temporary, self._engine_state.weights(), {})
         if self.args.should_save:
-            shutil.rmtree(temporary / _STATE_DIR)
+            shutil.rmtree(temporary / STATE)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         self.accelerator.wait_for_everyone()
@@ -515,10 +503,6 @@ def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | Non
     squares = nn.utils.get_total_norm(own).square()
     dist.all_reduce(squares, group=group)
     return (norm.square() + squares).sqrt()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _num_tokens(batch: Batch) -> torch.Tensor:

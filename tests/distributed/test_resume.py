@@ -1,17 +1,14 @@
-"""What one cluster saves, another resumes: other numbers of processes, other ZeRO stages, experts shared out or not."""
+"""What one cluster saves, another resumes: other numbers of processes, other ZeRO stages, experts shared or not."""
 
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from modmoe.models.safetensors_stream import SavedWeights
 from modmoe.parallel.loading import fresh_model
 from modmoe.training.bootstrap import prepare_process
-from modmoe.training.consolidation import write_weights
 from modmoe.training.engine_state import EngineState
 from modmoe.training.optimizer import parameter_groups
 from modmoe.training.sharded_state import ShardedState, write_index, write_pieces
