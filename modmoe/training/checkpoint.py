@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from modmoe.training.errors import RunError
@@ -20,6 +21,9 @@ from modmoe.training.errors import RunError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "complete.json"
+# The directory, in a checkpoint, of what the processes saved in pieces.
+STATE = "state"
+_MANIFEST_KEYS = {"world_size", "blocks_per_step", "seconds", "files"}
 _PREFIX = "checkpoint-"
 
 
@@ -39,13 +43,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def mark_complete(checkpoint: Path, world_size: int, seconds: float) -> None:
+def mark_complete(checkpoint: Path, world_size: int, blocks_per_step: int, seconds: float) -> None:
     """
     Write the manifest: every file with its size, and what resuming must know.
 
     Args:
         checkpoint: with all its files written.
         world_size: how many processes wrote it.
+        blocks_per_step: of training data on all processes together.
         seconds: that the run has trained.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
@@ -53,7 +58,8 @@ def mark_complete(checkpoint: Path, world_size: int, seconds: float) -> None:
         _sync(path)  # else a power cut could leave the manifest and lose what it speaks for
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     temporary = checkpoint / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"world_size": world_size, "seconds": seconds, "files": sizes}, indent=1))
+    content = {"world_size": world_size, "blocks_per_step": blocks_per_step, "seconds": seconds, "files": sizes}
+    temporary.write_text(json.dumps(content, indent=1))
     _sync(temporary)
     os.replace(temporary, checkpoint / MANIFEST)
 
@@ -67,7 +73,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         ValueError: if the file is damaged.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest.keys() != {"world_size", "seconds", "files"}:
+    # Without blocks per step: of version 0.1.0, which check_batch refuses.
+    if not isinstance(manifest, dict) or manifest.keys() | {"blocks_per_step"} != _MANIFEST_KEYS:
         raise ValueError(f"{checkpoint / MANIFEST} is not a manifest")
     return manifest
 
@@ -99,18 +106,38 @@ def latest_complete(output_dir: Path) -> Path | None:
     return None
 
 
-def check_world_size(checkpoint: Path, world_size: int) -> None:
+def check_batch(checkpoint: Path, world_size: int, micro_batch_size: int, gradient_accumulation: int) -> None:
     """
+    Check that the steps of this launch are as large as those before.
+
+    The order of the data goes by blocks: with as many blocks per step, any number of processes goes on where others
+    stopped, without repeating or losing a block, and with the same learning rates.
+
     Raises:
-        RunError: if another number of processes wrote the checkpoint: optimizer shards, random states
-            and the order of the data would not fit.
+        RunError: if they are not, or if the checkpoint is of a format that is no longer read; says what to do.
     """
-    written_by = read_manifest(checkpoint)["world_size"]
-    if written_by != world_size:
+    before = read_manifest(checkpoint).get("blocks_per_step")
+    if before is None:
         raise RunError(
-            f"{checkpoint} was written by {written_by} processes and cannot be resumed by {world_size}: "
-            f"start {written_by} processes, or begin a new run from its weights with --init {checkpoint}"
+            f"{checkpoint} was written by an older version and its optimizer state cannot be read: begin a new run "
+            f"from its weights with --init {checkpoint} and another output_dir"
         )
+    now = micro_batch_size * gradient_accumulation * world_size
+    if now != before:
+        raise RunError(
+            f"{checkpoint} was written with {before} blocks per step, and micro_batch_size={micro_batch_size} x "
+            f"gradient_accumulation={gradient_accumulation} x {world_size} processes are {now}: "
+            f"{_batch_remedy(before, world_size, micro_batch_size)}"
+        )
+
+
+def _batch_remedy(blocks: int, world_size: int, micro_batch_size: int) -> str:
+    per_process, rest = divmod(blocks, world_size)
+    if rest:
+        return f"start a number of processes that divides {blocks}"
+    fits = max(size for size in range(1, min(per_process, micro_batch_size) + 1) if per_process % size == 0)
+    accumulation = f"set optimization.gradient_accumulation to {per_process // fits}"
+    return accumulation if fits == micro_batch_size else f"{accumulation} and optimization.micro_batch_size to {fits}"
 
 
 def prune_checkpoints(output_dir: Path, keep: int) -> None:
@@ -142,6 +169,30 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
         previous = _complete(output_dir)[-1:]
         kept = f"; {previous[0]} is untouched: run the same command again to resume" if previous else ""
         raise RunError(f"could not write {path}: {error} ({_free_space(output_dir)}){kept}") from error
+
+
+def together(action: Callable[[], None]) -> None:
+    """
+    Do something on all processes; if one of them fails, all do, so that none waits for it.
+
+    Raises:
+        OSError: on processes that did not fail themselves; names the one that did.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        action()
+        return
+    failure: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        failure = error
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise OSError(f"rank {rank}: {message}")
 
 
 def _complete(output_dir: Path) -> list[Path]:

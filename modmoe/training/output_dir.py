@@ -22,9 +22,15 @@ FINAL = "final"
 RUN_FILE = "run.yaml"
 _LOCK_FILE = ".lock"
 _RUN_FILE_BEGINS = "# modmoe: "
-# Settings that make two runs different; the rest may change when a run resumes.
-_IDENTITY = ("model", "data", "tokenizer", "optimization", "deepspeed", "init", "seed")
-_NOT_IDENTITY = ("data.cache_dir", "data.workers")
+# Settings that make two runs different; the rest may change when a run resumes. How a step's batch is cut up may too,
+# as long as it stays as large: `checkpoint.check_batch`.
+_IDENTITY = ("model", "data", "tokenizer", "optimization", "init", "seed")
+_NOT_IDENTITY = (
+    "data.cache_dir",
+    "data.workers",
+    "optimization.micro_batch_size",
+    "optimization.gradient_accumulation",
+)
 _PRODUCTS = (
     RUN_FILE,
     "metrics.jsonl",

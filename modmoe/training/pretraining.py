@@ -15,7 +15,7 @@ from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
 from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
-from modmoe.training.checkpoint import check_world_size, writing
+from modmoe.training.checkpoint import check_batch, writing
 from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.initialization import build_model, has_vocabulary
 from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
@@ -52,7 +52,8 @@ def _pretrain(run: RunConfig, args: TrainingArguments) -> int:
     with args.main_process_first(desc="preparing data"):
         checkpoint = claim_output_dir(run)
         if checkpoint is not None:
-            check_world_size(checkpoint, world_size())
+            batch = run.optimization
+            check_batch(checkpoint, world_size(), batch.micro_batch_size, batch.gradient_accumulation)
         data = _prepare_data(run)
     if checkpoint is not None and not has_vocabulary(checkpoint, data.tokenizer):
         raise ConfigError(

@@ -8,15 +8,16 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
 from modmoe.data import PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
@@ -24,15 +25,19 @@ from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
 from modmoe.training.callbacks import Console, Intervals, MetricsFile, SelectionBias, Stop, TensorBoard
 from modmoe.training.checkpoint import (
+    STATE,
     checkpoint_dir,
     latest_complete,
     mark_complete,
     prune_checkpoints,
     read_manifest,
     step_of,
+    together,
     writing,
 )
 from modmoe.training.clock import Clock
+from modmoe.training.consolidation import check_same_architecture, write_model
+from modmoe.training.engine_state import EngineState
 from modmoe.training.errors import RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
 from modmoe.training.optimizer import build_optimizer, build_scheduler
@@ -40,6 +45,7 @@ from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
 from modmoe.training.router_load import RouterLoads, routed_layers
 from modmoe.training.run_config import RunConfig
+from modmoe.training.sharded_state import Piece, ShardedState, write_index, write_pieces
 
 Batch = dict[str, torch.Tensor]
 
@@ -160,6 +166,7 @@ class ModMoETrainer(Trainer):
         self._step_batches: list[Batch] = []
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
+        self._engine_state: Any = None
         callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
@@ -342,6 +349,17 @@ class ModMoETrainer(Trainer):
         self._window_start = (first, time.perf_counter())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Engines would look for files of their own formats.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._engine_state = EngineState(self.model, self.optimizer)
+        if resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Nothing yet: weights come with the optimizer's state."""
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Log loss and bits per byte of each domain."""
         with self._untimed():
@@ -378,16 +396,75 @@ class ModMoETrainer(Trainer):
             self.accelerator.wait_for_everyone()
             try:
                 with writing(directory, self.run.output_dir):
-                    super()._save_checkpoint(model, trial)
-                    self.accelerator.wait_for_everyone()
-                    if self.args.should_save:
-                        save_run_file(self.run, directory, self.facts)
-                        mark_complete(directory, self.args.world_size, self.clock.now())
+                    self._write_checkpoint(directory)
             except RunError:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             if self.args.should_save:
                 prune_checkpoints(self.run.output_dir, self.run.checkpoint.keep)
+
+    def _write_checkpoint(self, directory: Path) -> None:
+        assert self.lr_scheduler is not None
+        schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
+        values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
+
+        def complete() -> None:
+            self.state.save_to_json(str(directory / "trainer_state.json"))
+            save_run_file(self.run, directory, self.facts)
+            blocks = self.run.blocks_per_step(self.args.world_size)
+            mark_complete(directory, self.args.world_size, blocks, self.clock.now())
+
+        together(lambda: self._save_rng_state(str(directory)))
+        self._write_model(directory, self._engine_state.pieces(), values)
+        self._on_main_process(complete)
+
+    def _write_model(self, directory: Path, pieces: Iterator[Piece], values: dict[str, Any]) -> None:
+        """Write everybody's pieces below a directory, and to itself the plain model that they make up."""
+
+        def own_part() -> None:
+            (directory / STATE).mkdir(parents=True, exist_ok=True)
+            write_pieces(directory / STATE, self.args.process_index, pieces, values)
+
+        def whole() -> None:
+            write_index(directory / STATE, self.args.world_size)
+            write_model(ShardedState(directory / STATE), directory, self.model, self.data.tokenizer)
+
+        together(own_part)
+        self._on_main_process(whole)
+
+    def _on_main_process(self, action: Callable[[], None]) -> None:
+        """The others wait, and fail where it fails."""
+        together(lambda: action() if self.args.should_save else None)
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """
+        Go on from a checkpoint of any number of processes, any sharding and any engine.
+
+        Raises:
+            RunError: if it is not one of this model and optimizer, or damaged.
+        """
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        try:
+            state = ShardedState(checkpoint / STATE)
+            check_same_architecture(checkpoint, self.model.config)
+            if state.values["optimizer"] != self.run.optimization.optimizer:
+                ours = self.run.optimization.optimizer
+                raise ValueError(f"its optimizer is {state.values['optimizer']}, this run's {ours}")
+            self._engine_state.load(state)
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot resume from {checkpoint}: {error}") from error
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        schedule = {**state.values["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The states of all processes if there are as many as before, else new ones that no step has had."""
+        if checkpoint is None or read_manifest(Path(checkpoint))["world_size"] == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        entropy = [self.run.seed, self.state.global_step, self.args.process_index]
+        set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _is_finite(self) -> bool:
         """Whether all weights and all losses since the last record are finite, on all ranks."""
@@ -405,12 +482,13 @@ class ModMoETrainer(Trainer):
 
         It appears, and replaces the one before, only once it is complete.
         """
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        temporary = directory.with_name(f".{directory.name}.tmp")
         if self.args.should_save:
-            temporary = directory.with_name(f".{directory.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary, state_dict=state_dict)
-            self.data.tokenizer.save_pretrained(temporary)
+        self.accelerator.wait_for_everyone()
+        self._write_model(temporary, self._engine_state.weights(), {})
+        if self.args.should_save:
+            shutil.rmtree(temporary / STATE)
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
         self.accelerator.wait_for_everyone()
