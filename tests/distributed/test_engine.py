@@ -18,6 +18,8 @@ from tests.launching import run_ranks
 STEPS = 4
 BLOCKS = 16
 MAX_NORM = 0.5
+# Of losses and gradient norms, relative, and of parameters. DeepSpeed reduces gradients of bf16 weights in bf16.
+BOUNDS = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (1e-2, 6e-2, 2e-2)}
 OPTIMIZERS = {
     # Adam hides a wrong scale of the gradient, SGD does not.
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.3, momentum=0.9),
@@ -161,8 +163,7 @@ def check(world, size, cases):
             + " |"
         )
         print(rows[-1])
-        limit = 1e-5 if dtype == "fp32" else 2e-2
-        assert max(worst) < limit, rows[-1]
+        assert all(value < bound for value, bound in zip(worst, BOUNDS[dtype], strict=True)), rows[-1]
 
 
 def test_training_equals_one_process_at_every_stage():
