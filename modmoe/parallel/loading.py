@@ -1,15 +1,14 @@
 """Models of which each process makes or reads only its own experts."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
+from modmoe.models.safetensors_stream import SavedWeights
 from modmoe.parallel.expert_parallel import check_divisible, keep_own_experts, parallelize
 from modmoe.parallel.layout import expert_slice
 from modmoe.parallel.topology import Topology
@@ -103,30 +102,19 @@ def _materialize(module: nn.Module) -> None:
 
 
 def _read(model: ModMoEForCausalLM, directory: Path) -> None:
+    saved = SavedWeights(directory)
     wanted: dict[str, Any] = dict(model.state_dict(keep_vars=True))
     tied = set(model.all_tied_weights_keys)
-    for name, saved in _saved_tensors(directory):
+    for name in saved:
         if name not in wanted:
-            if name in tied:
-                continue
             raise ValueError(f"{directory}: tensor {name} has no place in the model: use the config saved with it")
         target = wanted.pop(name)
         part = expert_slice(target)
-        shape = list(target.shape) if part is None else [part.num_experts, *target.shape[1:]]
-        if saved.get_shape() != shape:
-            raise ValueError(f"{directory}: tensor {name} has shape {saved.get_shape()}, the config says {shape}")
-        target.copy_(saved[:] if part is None else saved[part.start : part.stop])
+        shape = tuple(target.shape) if part is None else (part.num_experts, *target.shape[1:])
+        if saved.spec(name).shape != shape:
+            raise ValueError(f"{directory}: tensor {name} has shape {saved.spec(name).shape}, the config says {shape}")
+        target.copy_(saved[name] if part is None else saved.rows(name, part.start, part.stop))
     # A model that was trained without selection bias can get one; tied weights are saved once.
     missing = [name for name in wanted if name not in tied and not name.endswith("selection_bias")]
     if missing:
         raise ValueError(f"{directory}: {len(missing)} tensors are missing, such as {missing[0]}")
-
-
-def _saved_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Name and `safetensors` slice of every tensor; of a slice only what is indexed is read."""
-    index = directory / "model.safetensors.index.json"
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else []
-    for file in names or ["model.safetensors"]:
-        with safe_open(directory / file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                yield name, tensors.get_slice(name)

@@ -18,8 +18,9 @@ from tests.launching import run_ranks
 STEPS = 4
 BLOCKS = 16
 MAX_NORM = 0.5
-# Of losses and gradient norms, relative, and of parameters. DeepSpeed reduces gradients of bf16 weights in bf16.
-BOUNDS = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (1e-2, 6e-2, 2e-2)}
+# Of losses and gradient norms, relative, and of parameters. Storing weights in bf16 changes the norm by 6 % in one
+# process already.
+BOUNDS = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (1e-2, 1e-1, 2e-2)}
 OPTIMIZERS = {
     # Adam hides a wrong scale of the gradient, SGD does not.
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.3, momentum=0.9),
