@@ -73,9 +73,11 @@ def load_saved_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     """
     try:
         return load_tokenizer(TokenizerConfig(name=str(directory.absolute())), [], Path())
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{directory} has no tokenizer that can be read ({first}): save it with the model") from error
+    except Exception as error:  # whatever the parsers of tokenizers and transformers stumble over
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise ValueError(
+            f"{directory} holds no tokenizer that can be used ({reason}): save the model's there"
+        ) from error
 
 
 def text_batches(
