@@ -69,7 +69,8 @@ def _load(report: UsageReport, side: str) -> Picture:
         image = _draw_ratios(axis, np.where(dead, np.nan, grid))
         _mark_dead(axis, dead, cell)
         if cell > 0.4:
-            _write_values(axis, np.where(dead, np.nan, grid))
+            dark = np.abs(np.log2(grid, where=grid > 0, out=np.zeros_like(grid))) > 0.6 * _DOUBLINGS
+            _write_values(axis, np.where(dead, np.nan, grid), dark, "{:.1f}")
         _label(axis, f"{name} ({report.tokens[name]:,} tokens)", routers)
     _draw_ratio_bar(figure, axes, image, "load / even load")
     title = f"Load of the {SIDE_TITLES[side]}"
@@ -88,7 +89,11 @@ def _specialisation(report: UsageReport, sides: list[str]) -> Picture:
     for axis, side in zip(axes, sides, strict=False):
         routers = _routers(report, side)
         axis.imshow(_domain_image(report, routers, list(colours.values())), aspect="auto", interpolation="nearest")
-        _mark_dead(axis, _grid([r.on().dead(report.dead_below) for r in routers]) == 1, cell)
+        dead = _grid([r.on().dead(report.dead_below) for r in routers]) == 1
+        _mark_dead(axis, dead, cell)
+        if cell > 0.4:
+            strengths = _grid([router.specialisation.strengths for router in routers])
+            _write_values(axis, np.where(dead, np.nan, strengths), strengths > 0.5, "{:.2f}")
         _label(axis, SIDE_TITLES[side], routers)
     title = "Which domain an expert belongs to"
     figure.suptitle(title, fontsize=11)
@@ -156,6 +161,8 @@ def _co_activation(report: UsageReport, side: str) -> Picture:
         axis.tick_params(labelsize=6, length=2, pad=1)
     for axis in axes[len(routers) :]:
         axis.set_visible(False)
+    figure.supxlabel("expert", fontsize=8)
+    figure.supylabel("expert", fontsize=8)
     _draw_ratio_bar(figure, axes, image, "together / by chance")
     title = f"Co-activation of the {SIDE_TITLES[side]}"
     figure.suptitle(title, fontsize=11)
@@ -201,12 +208,12 @@ def _mark_dead(axis: Any, dead: np.ndarray, cell: float) -> None:
     axis.scatter(experts, rows, marker="x", s=(20 * cell) ** 2, c="#555555", linewidths=0.8)
 
 
-def _write_values(axis: Any, grid: np.ndarray) -> None:
+def _write_values(axis: Any, grid: np.ndarray, dark: np.ndarray, form: str) -> None:
+    """Numbers in the cells, in white where the cell is dark; none where they are NaN."""
     for (row, column), value in np.ndenumerate(grid):
-        if value > 0:
-            dark = abs(math.log2(value)) > 0.6 * _DOUBLINGS
-            style = {"color": "white" if dark else "#333333", "fontsize": 7, "ha": "center", "va": "center"}
-            axis.text(column, row, f"{value:.1f}", **style)
+        if not math.isnan(value):
+            colour = "white" if dark[row, column] else "#333333"
+            axis.text(column, row, form.format(value), color=colour, fontsize=7, ha="center", va="center")
 
 
 def _label(axis: Any, title: str, routers: list[RouterUsage]) -> None:
