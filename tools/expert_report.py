@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         report = measure(options)
         write_report(report, options.out)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Ours are one sentence; some of transformers' go on about its installation.
+        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
         return 2
     print(summary(report))
     print(f"\nwritten to {options.out / PAGE_FILE}")

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from modmoe.surgery.usage import RouterUsage, UsageReport
@@ -23,8 +27,8 @@ PICTURE_FILES = (
 
 # Tell each other apart for the colour-blind as well (Okabe and Ito).
 _DOMAIN_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800")
-_NO_EXPERT = "#ffffff"
-_DEAD = "#d8d8d8"
+# What is not on a scale: dead experts, pairs never expected, places without an expert in layers that have fewer.
+_GREY = "#d8d8d8"
 # Ratios are shown from 2 ** -3 to 2 ** 3, on a logarithmic scale that is white at 1.
 _DOUBLINGS = 3
 # Pairs of experts that fewer tokens are expected to choose say nothing.
@@ -52,9 +56,6 @@ def draw_pictures(report: UsageReport) -> list[Picture]:
 
 def domain_colours(domains: Sequence[str]) -> dict[str, str]:
     """A colour for each domain, as #rrggbb."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
     if len(domains) <= len(_DOMAIN_COLOURS):
         return dict(zip(domains, _DOMAIN_COLOURS, strict=False))
     return {name: to_hex(colormaps["hsv"](i / len(domains))) for i, name in enumerate(domains)}
@@ -77,7 +78,7 @@ def _load(report: UsageReport, side: str) -> Picture:
     figure.suptitle(title, fontsize=11)
     caption = (
         "Share of the (token, expert) pairs that each expert gets, relative to an even share: white is even, red is "
-        f"more, blue less. Grey with a cross: dead, below {report.dead_below:g} of an even share."
+        f"more, blue less. Grey with a cross: dead, below {report.dead_below:g} of an even share; without: no expert."
     )
     return Picture(f"load_{side}.png", title, caption, _png(figure))
 
@@ -108,16 +109,14 @@ def _specialisation(report: UsageReport, sides: list[str]) -> Picture:
 
 def _domain_image(report: UsageReport, routers: list[RouterUsage], colours: list[str]) -> np.ndarray:
     """(R, E, 3) in 0..1."""
-    from matplotlib.colors import to_rgb
-
     wide = max(router.num_experts for router in routers)
-    image = np.full((len(routers), wide, 3), to_rgb(_NO_EXPERT))
+    image = np.full((len(routers), wide, 3), to_rgb(_GREY))
     for row, router in enumerate(routers):
         special, dead = router.specialisation, router.on().dead(report.dead_below)
         for expert in range(router.num_experts):
             full = np.array(to_rgb(colours[int(special.homes[expert])]))
             blend = _blend(full, float(special.strengths[expert]))
-            image[row, expert] = to_rgb(_DEAD) if dead[expert] else blend
+            image[row, expert] = to_rgb(_GREY) if dead[expert] else blend
     return image
 
 
@@ -129,8 +128,6 @@ def _blend(colour: np.ndarray, strength: float) -> np.ndarray:
 
 def _draw_legend(figure: Any, axis: Any, colours: dict[str, str]) -> None:
     """A bar from white to full colour for each domain, below the panels."""
-    from matplotlib.colors import to_rgb
-
     strengths = np.linspace(0, 1, 256) ** 2
     image = np.array([[_blend(np.array(to_rgb(colour)), s) for s in strengths] for colour in colours.values()])
     width, height = figure.get_size_inches()
@@ -178,7 +175,7 @@ def _draw_ratios(axis: Any, ratios: np.ndarray) -> Any:
     """(rows, columns) of ratios as a map; grey where they are NaN."""
     with np.errstate(divide="ignore"):
         doublings = np.log2(ratios).clip(-_DOUBLINGS, _DOUBLINGS)
-    axis.set_facecolor(_DEAD)
+    axis.set_facecolor(_GREY)
     limits = {"vmin": -_DOUBLINGS, "vmax": _DOUBLINGS}
     return axis.imshow(doublings, aspect="auto", cmap="RdBu_r", interpolation="nearest", **limits)
 
@@ -242,9 +239,6 @@ def _panels(count: int, columns: int, rows: int, wide: int, legend: float = 0.0)
 
 def _subplots(rows: int, columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A figure that needs no display, and its axes row by row; sizes in inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False).flatten().tolist()

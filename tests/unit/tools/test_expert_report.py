@@ -1,6 +1,7 @@
 """tools/expert_report.py as its user runs it, on small random models."""
 
 import json
+import shutil
 
 import expert_report
 import pytest
@@ -90,18 +91,22 @@ def test_texts_that_are_refused(native, run, tmp_path, data, message):
 
 
 def test_models_that_are_refused(native, run, tmp_path, tokenizer):
-    pickled, dense, small = tmp_path / "pickled", tmp_path / "dense", tmp_path / "small"
+    pickled, dense, small, unknown = (tmp_path / name for name in ("pickled", "dense", "small", "unknown"))
     pickled.mkdir()
     (pickled / "config.json").write_text("{}")
     (pickled / "pytorch_model.bin").touch()
     build(vocab_size=len(tokenizer), num_experts=1, num_attn_experts=1).save_pretrained(dense)
     build(vocab_size=97).save_pretrained(small)
+    shutil.copytree(native, unknown)
+    config = json.loads((native / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     for directory in (dense, small):
         tokenizer.save_pretrained(directory)
     for model, message in (
         (tmp_path / "nowhere", "nowhere is not a directory"),
         (pickled, "holds pickled weights"),
         (dense, "'modmoe' has no routed experts"),
+        (unknown, "has model type `nonsense`"),
         (small, "tokens but the model knows 97"),
     ):
         code, _, err = run(model)
