@@ -15,7 +15,7 @@ from modmoe.training.sharded_state import ShardedState, write_index, write_piece
 from tests.distributed.test_engine import BLOCKS, MAX_NORM, OPTIMIZERS, blocks, clip, config, loss_share
 from tests.launching import run_ranks
 
-STEPS = 3  # before the save, and again after it
+STEPS = 2  # before the save, and again after it
 
 
 class Cluster(NamedTuple):
@@ -166,11 +166,10 @@ def check(directory, optimizer_name, sources, pairs, limit):
 PLAIN = Cluster(1, 1, None)
 
 
-def test_optimizer_state_survives_every_change_of_cluster(tmp_path):
-    sharded = [Cluster(2, 1, 1), Cluster(2, 2, 2), Cluster(2, 2, 3), Cluster(2, 2, 0)]
-    pairs = [*itertools.pairwise([PLAIN, *sharded, PLAIN]), (sharded[0], sharded[0]), (sharded[2], sharded[2])]
-    check(tmp_path, "adamw", [PLAIN, *sharded], pairs, 1e-5)
-    state = ShardedState(tmp_path / f"{sharded[2]} to {sharded[3]}")
+def test_optimizer_state_survives_a_change_of_cluster(tmp_path):
+    ring = [PLAIN, Cluster(2, 2, 3), Cluster(2, 1, 1), PLAIN]
+    check(tmp_path, "adamw", ring[:-1], [*itertools.pairwise(ring), (ring[1], ring[1])], 1e-5)
+    state = ShardedState(tmp_path / f"{ring[1]} to {ring[2]}")
     kinds = {name.partition("/")[0] for name in state.specs}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
     assert state.values["weight/lm_head.weight"] == {"lr": 1e-2, "step": float(STEPS)}
