@@ -205,4 +205,5 @@ def test_bf16_weights_are_those_of_their_fp32_masters(tmp_path):
     low = [Cluster(1, 1, 0, "bf16"), Cluster(2, 2, 1, "bf16"), Cluster(2, 1, 2, "bf16"), Cluster(2, 2, 3, "bf16")]
     ring = [PLAIN, *low, Cluster(4, 2, 1, "bf16"), PLAIN]
     pairs = [*itertools.pairwise(ring), *zip(low, low, strict=True), (low[3], low[0]), (low[1], low[3])]
-    check(tmp_path, "adamw", ring[:-1], pairs, 3e-2)
+    # The losses are near 4: two per cent, as between fp32 and bf16 without a save.
+    check(tmp_path, "adamw", ring[:-1], pairs, 8e-2)
