@@ -25,6 +25,7 @@ class Cluster(NamedTuple):
     size: int
     stage: int | None
     dtype: str = "fp32"
+    """Of the weights; "bf16+" accumulates gradients in fp32, for which stage 1 has an engine of its own."""
 
     def __str__(self) -> str:
         engine = "plain" if self.stage is None else f"ZeRO-{self.stage}"
@@ -56,11 +57,12 @@ class Run:
             return self.model if cluster.world == 1 else torch.nn.parallel.DistributedDataParallel(self.model)
         settings = {
             "train_micro_batch_size_per_gpu": BLOCKS // cluster.world,
-            "gradient_clipping": MAX_NORM if self.stage or cluster.dtype == "bf16" else 0.0,
+            "gradient_clipping": MAX_NORM if self.stage or cluster.dtype != "fp32" else 0.0,
             # So small that some parameters stay gathered and some do not.
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 100},
             "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": cluster.dtype == "bf16"},
+            "bf16": {"enabled": cluster.dtype != "fp32"},
+            "data_types": {"grad_accum_dtype": "fp32" if cluster.dtype == "bf16+" else None},
             "steps_per_print": 10**9,
         }
         return deepspeed.initialize(
@@ -203,6 +205,7 @@ def test_matrix(tmp_path, optimizer_name):
 def test_bf16_weights_are_those_of_their_fp32_masters(tmp_path):
     """Between fp32 and bf16 too: a run goes on in the other arithmetic, from the same masters."""
     low = [Cluster(1, 1, 0, "bf16"), Cluster(2, 2, 1, "bf16"), Cluster(2, 1, 2, "bf16"), Cluster(2, 2, 3, "bf16")]
+    low.append(Cluster(2, 2, 1, "bf16+"))
     ring = [PLAIN, *low, Cluster(4, 2, 1, "bf16"), PLAIN]
     pairs = [*itertools.pairwise(ring), *zip(low, low, strict=True), (low[3], low[0]), (low[1], low[3])]
     # The losses are near 4: two per cent, as between fp32 and bf16 without a save.
