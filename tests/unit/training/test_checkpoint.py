@@ -1,11 +1,12 @@
 """Which checkpoints count, and what they say."""
 
+import json
 import logging
 
 import pytest
 
 from modmoe.training.checkpoint import (
-    check_world_size,
+    check_batch,
     checkpoints,
     defect,
     latest_complete,
@@ -57,11 +58,36 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path):
     assert checkpoints(tmp_path) == kept
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
+@pytest.mark.parametrize(("world", "micro", "accumulation"), [(1, 2, 12), (2, 2, 6), (3, 8, 1), (24, 1, 1)])
+def test_a_step_of_as_many_blocks_goes_on(tmp_path, world, micro, accumulation):
+    check_batch(save(tmp_path, 1, blocks_per_step=24), world, micro, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("world", "micro", "accumulation", "remedy"),
+    [
+        (2, 2, 12, "24 blocks per step, and micro_batch_size=2 x gradient_accumulation=12 x 2 processes are 48: "),
+        (2, 2, 12, "set optimization.gradient_accumulation to 6$"),
+        (1, 3, 1, "set optimization.gradient_accumulation to 8$"),
+        (3, 5, 2, "set optimization.gradient_accumulation to 2 and optimization.micro_batch_size to 4$"),
+        (12, 4, 1, "set optimization.gradient_accumulation to 1 and optimization.micro_batch_size to 2$"),
+        (5, 2, 2, "start a number of processes that divides 24$"),
+        (48, 1, 1, "start a number of processes that divides 24$"),
+    ],
+)
+def test_a_step_of_another_size_is_refused_with_one_that_fits(tmp_path, world, micro, accumulation, remedy):
+    with pytest.raises(RunError, match=remedy):
+        check_batch(save(tmp_path, 1, blocks_per_step=24), world, micro, accumulation)
+
+
+def test_a_checkpoint_of_the_first_version_is_refused(tmp_path):
     directory = save(tmp_path, 1)
-    check_world_size(directory, 1)
-    with pytest.raises(RunError, match="was written by 1 processes and cannot be resumed by 2: .*--init"):
-        check_world_size(directory, 2)
+    manifest = json.loads((directory / "complete.json").read_text())
+    del manifest["blocks_per_step"]
+    (directory / "complete.json").write_text(json.dumps(manifest))
+    assert latest_complete(tmp_path) == directory
+    with pytest.raises(RunError, match="was written by an older version .* --init .*checkpoint-1"):
+        check_batch(directory, 1, 2, 2)
 
 
 def test_a_failed_write_says_how_much_space_is_left_and_where_the_run_can_go_on(tmp_path):

@@ -1,5 +1,6 @@
 """The trainer on a toy model: loss shares, scopes, metrics, checkpoints, faults."""
 
+import json
 import logging
 import math
 import re
@@ -14,6 +15,7 @@ from modmoe.data import prepare_data
 from modmoe.training import checkpoint as checkpointing
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoint import checkpoints
+from modmoe.training.consolidation import consolidate
 from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
 from modmoe.training.output_dir import claim_output_dir, save_run_file
@@ -225,8 +227,7 @@ def test_an_interrupted_save_falls_back_to_the_checkpoint_before(make_run, tmp_p
     assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("limit", [50_000, 90_000])  # bytes: within the weights, within the optimizer's state
-def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run, limit):
+def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run):
     """A limit on the size of files stands for a full disk, which needs rights to make: tests/train has a real one."""
     run = make_run()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -236,7 +237,7 @@ def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run, l
 
         def begin(args, state, control, **kwargs):
             if state.global_step == 4:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # bytes
             on_step_begin(args, state, control, **kwargs)
 
         trainer.stop.on_step_begin = begin
@@ -273,6 +274,101 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(make_run, int
     assert f"--init {run.output_dir / 'checkpoint-3'} and another output_dir" in str(caught.value)
     assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-2", "checkpoint-3"]
     assert all(math.isfinite(r["loss"]) for r in records(run))
+
+
+def test_a_checkpoint_is_a_plain_directory_too(make_run):
+    trainer = train(make_run({"model.use_selection_bias": True, "model.tie_word_embeddings": True}))
+    checkpoint = checkpoints(trainer.run.output_dir)[-1]
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    state = trainer.model.state_dict()
+    assert state["model.layers.0.mlp.gate.selection_bias"].any()
+    assert all(tensor.equal(state[name]) for name, tensor in loaded.state_dict().items())
+    assert not [path for path in checkpoint.rglob("*") if path.name.endswith((".bin", ".pt", ".tmp"))]
+    saved = json.loads((checkpoint / "config.json").read_text())
+    assert (saved["dtype"], saved["architectures"]) == ("float32", ["ModMoEForCausalLM"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_consolidated(make_run, tmp_path, dtype):
+    trainer = train(make_run({"optimization.steps": 1}))
+    (checkpoint,) = checkpoints(trainer.run.output_dir)
+    said = consolidate(checkpoint, tmp_path / "out", dtype)
+    assert said.startswith(f"{tmp_path / 'out'}: ")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name, parameter in trainer.model.named_parameters():
+        assert loaded.get_parameter(name).equal(parameter.to(dtype)), name
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    plain = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == plain
+    with pytest.raises(FileExistsError, match="out exists: name a new directory"):
+        consolidate(checkpoint, tmp_path / "out", dtype)
+    (checkpoint / "complete.json").unlink()
+    with pytest.raises(ValueError, match="is not a complete checkpoint: its save was interrupted"):
+        consolidate(checkpoint, tmp_path / "other", dtype)
+    assert not [path for path in tmp_path.iterdir() if "other" in path.name]
+
+
+def cut_off(path):
+    with path.open("r+b") as file:
+        file.truncate(1_000)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda c: cut_off(c / "state" / "rank-00000.safetensors"), "rank-00000.safetensors is damaged or truncated"),
+        (lambda c: (c / "state" / "rank-00000.safetensors").unlink(), "rank-00000.safetensors is missing"),
+        (lambda c: (c / "state" / "index.json").write_text("{"), "index.json is damaged"),
+        (lambda c: shutil.rmtree(c / "state"), "index.json is missing"),
+        (lambda c: change_config(c, "num_experts_per_tok", 1), "its model has num_experts_per_tok=1, this run's 2"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(make_run, damage, expected):
+    """What the manifest does not see: damage that keeps sizes, files of another run."""
+    run = make_run({"optimization.steps": 1})
+    train(run)
+    (checkpoint,) = checkpoints(run.output_dir)
+    damage(checkpoint)
+    with pytest.raises(RunError) as caught:
+        make_trainer(run).train(resume_from_checkpoint=str(checkpoint))
+    assert str(caught.value).startswith(f"cannot resume from {checkpoint}: ")
+    assert str(caught.value).endswith(expected) or "truncated: " in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def change_config(checkpoint, name, value):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+def test_a_batch_may_be_cut_up_otherwise_when_a_run_resumes(make_run, tmp_path):
+    model = {"model.aux_scope": "global_batch"}
+    straight = train(make_run({**model, "output_dir": str(tmp_path / "straight")}))
+    run = make_run(model)
+    train(run)
+    shutil.rmtree(checkpoints(run.output_dir)[-1])
+    cut = {"optimization.micro_batch_size": 4, "optimization.gradient_accumulation": 1}
+    train(make_run({**model, **cut}))
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in records(run)] == pytest.approx([r["loss"] for r in records(straight.run)], rel=1e-5)
+
+
+def test_random_states_of_another_number_of_processes_are_replaced(make_run):
+    """Every process gets its own, the same in every launch."""
+    run = make_run({"optimization.steps": 1})
+    trainer = train(run)
+    (checkpoint,) = checkpoints(run.output_dir)
+    trainer._load_rng_state(str(checkpoint))
+    kept = torch.rand(2)
+    manifest = json.loads((checkpoint / "complete.json").read_text())
+    (checkpoint / "complete.json").write_text(json.dumps(manifest | {"world_size": 2}))
+    drawn = []
+    for rank in (0, 0, 1):
+        trainer.args = type("Args", (), {"world_size": 1, "process_index": rank})
+        trainer._load_rng_state(str(checkpoint))
+        drawn.append(torch.rand(2).tolist())
+    assert drawn[0] == drawn[1]
+    assert len({*map(tuple, drawn), tuple(kept.tolist())}) == 3
 
 
 def test_intervals_may_change_when_a_run_resumes(make_run):
