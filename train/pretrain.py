@@ -19,7 +19,7 @@ import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
 from modmoe.training.bootstrap import is_main_process, prepare_process
-from modmoe.training.errors import ConfigError, RunError
+from modmoe.training.errors import ConfigError, RunError, SharedError, exit_code
 from modmoe.training.run_config import RunConfig, describe_keys, load_run_config
 
 
@@ -45,12 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         run = load_run_config(known.config, overrides)
         prepare_process(use_deepspeed=run.deepspeed is not None)
         return train(run)
-    except ConfigError as error:
-        return _fail(error, 2)
-    except RunError as error:
-        return _fail(error, 1)
-    except KeyboardInterrupt:  # while the trainer was not there to save
-        return 130
+    except (ConfigError, RunError) as error:
+        return _fail(error, exit_code(error))
+    except KeyboardInterrupt as error:  # while the trainer was not there to save
+        return exit_code(error)
 
 
 def train(run: RunConfig) -> int:
@@ -66,7 +64,7 @@ def train(run: RunConfig) -> int:
 
 def _fail(error: Exception, code: int) -> int:
     # All ranks find the same mistakes, but a disk may be full for one of them.
-    if is_main_process() or not isinstance(error, ConfigError):
+    if is_main_process() or not isinstance(error, ConfigError | SharedError):
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     return code

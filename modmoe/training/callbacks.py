@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from modmoe.training.bootstrap import is_main_process
 from modmoe.training.clock import Clock
+from modmoe.training.launcher import Launcher
 from modmoe.training.router_load import RouterLoads
 
 Logs = dict[str, float]
@@ -125,10 +128,11 @@ class Console(TrainerCallback):
 
 def console_line(logs: Logs) -> str:
     """The figures of one record that fit on a line: per-layer ones are left to the files."""
-    if "loss" not in logs:
+    if "tokens_per_second" not in logs:
         return "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in logs.items())
-    parts = [f"loss {logs['loss']:.4f}"]
-    parts += [f"ce {logs['cross_entropy']:.4f}"]
+    parts = [f"{logs['skipped_steps']:.0f} skipped"] if logs.get("skipped_steps") else []
+    if "loss" in logs:  # else all steps since the last record were skipped
+        parts += [f"loss {logs['loss']:.4f}", f"ce {logs['cross_entropy']:.4f}"]
     parts += [f"{name.removeprefix('aux/')} {logs[name]:.4f}" for name in logs if name.startswith("aux/")]
     parts += [f"lr {logs['learning_rate']:.2e}"]
     parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []
@@ -137,6 +141,7 @@ def console_line(logs: Logs) -> str:
             worst, dead = logs[f"router/{side}/max_violation"], logs[f"router/{side}/dead_experts"]
             parts.append(f"{side} load max +{worst:.0%}, dead {dead:.0f}")
     parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
+    parts += [f"mfu {logs['mfu']:.1%}"] if "mfu" in logs else []
     return "  ".join(parts)
 
 
@@ -152,16 +157,18 @@ class Stop(TrainerCallback):
 
     Attributes:
         exit_code: 128 + the signal's number if training was interrupted (as shells count), else 0.
+        requested_at: when this rank was asked to stop or noticed that its launcher has gone, by `time.monotonic`.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.exit_code = 0
+        self.requested_at: float | None = None
         self._requested = 0
         self._agreed = 0
         self._interrupted = False
         self._previous: dict[int, Any] = {}
-        self._launcher = _Launcher()
+        self._launcher = Launcher()
         self._group: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -172,7 +179,7 @@ class Stop(TrainerCallback):
         self._previous = {number: signal.signal(number, self._handle) for number in signals}
         if args.world_size > 1:
             # A group of its own on the host, so that asking every step does not wait for the device.
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.ddp_timeout))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -197,39 +204,23 @@ class Stop(TrainerCallback):
             os._exit(128 + signal.SIGINT)
         self._interrupted |= number == signal.SIGINT
         # The first signal counts: the DeepSpeed launcher follows Ctrl-C up with SIGTERM.
-        self._requested = self._requested or 128 + number
+        self._request(128 + number)
         if is_main_process():
             hint = "; press Ctrl-C again to leave at once" if number == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # the terminal is gone
                 os.write(2, f"\nfinishing this step and saving{hint}\n".encode())
 
+    def _request(self, exit_code: int) -> None:
+        if not self._requested:
+            self._requested, self.requested_at = exit_code, time.monotonic()
+
     def _agree(self) -> None:
         if not self._requested and self._launcher.is_gone():
-            self._requested = 128 + signal.SIGTERM
+            self._request(128 + signal.SIGTERM)
         agreed = torch.tensor([self._requested, self.clock.now()], dtype=torch.float64)
         if self._group is not None:
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._group)
         self._agreed, self.clock.seconds = int(agreed[0]), float(agreed[1])
-
-
-class _Launcher:
-    """The processes of `deepspeed` above this one, which die of SIGTERM without passing it on."""
-
-    def __init__(self) -> None:
-        self._ancestors = self._current() if "CROSS_RANK" in os.environ else None
-
-    def is_gone(self) -> bool:
-        return self._ancestors is not None and self._current() != self._ancestors
-
-    @staticmethod
-    def _current() -> tuple[int, int]:
-        import psutil
-
-        parent = os.getppid()
-        try:
-            return parent, psutil.Process(parent).ppid()
-        except psutil.Error:
-            return parent, 0
 
 
 class SelectionBias(TrainerCallback):

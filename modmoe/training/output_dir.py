@@ -34,6 +34,8 @@ _NOT_IDENTITY = (
 _PRODUCTS = (
     RUN_FILE,
     "metrics.jsonl",
+    "events.jsonl",
+    "status.json",
     "tensorboard",
     FINAL,
     "loss.png",

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
-from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import check_batch, writing
 from modmoe.training.errors import ConfigError, RunError
+from modmoe.training.fingerprint import check_agreement, data_fingerprint, run_fingerprint
 from modmoe.training.initialization import build_model, has_vocabulary
 from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
+from modmoe.training.progress import Progress
 from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
 from modmoe.training.router_load import routed_layers
 from modmoe.training.run_config import RunConfig
+from modmoe.training.status import RunStatus
+from modmoe.training.team import Team, join
+from modmoe.training.throughput import parameter_counts
 from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
+from modmoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +44,29 @@ def pretrain(run: RunConfig) -> int:
         ConfigError: for mistakes in the configuration or the data.
         RunError: if something cannot be written, a checkpoint cannot be used, or training diverges.
     """
-    args = training_arguments(run)
+    team = join(60 * run.health.join_minutes, 60 * run.health.stuck_minutes)
     with contextlib.ExitStack() as stack:
-        if args.process_index == 0:
+        watchdog = stack.enter_context(Watchdog(team, 60 * run.health.stuck_minutes))
+        if team.rank == 0:
             stack.enter_context(locked(run.output_dir))
         if run.backend is not None:
             stack.enter_context(use_backend(run.backend))
-        return _pretrain(run, args)
+        return _pretrain(run, team, watchdog)
 
 
-def _pretrain(run: RunConfig, args: TrainingArguments) -> int:
+def _pretrain(run: RunConfig, team: Team, watchdog: Watchdog) -> int:
+    check_agreement(team, "configuration", run_fingerprint(run), 60 * run.health.join_minutes)
+    args = training_arguments(run)
     set_seed(run.seed)
-    with args.main_process_first(desc="preparing data"):
+    with team.first_on_each_node("data"):
         checkpoint = claim_output_dir(run)
         if checkpoint is not None:
             batch = run.optimization
             check_batch(checkpoint, world_size(), batch.micro_batch_size, batch.gradient_accumulation)
+        # Not before it is certain that this is no other run's directory.
+        status = watchdog.status = RunStatus(run.output_dir)
         data = _prepare_data(run)
+    check_agreement(team, "data", data_fingerprint(data), 60 * run.health.join_minutes)
     if checkpoint is not None and not has_vocabulary(checkpoint, data.tokenizer):
         raise ConfigError(
             f"the tokenizer is not the one that {checkpoint} was trained with, perhaps because the text it is trained "
@@ -68,14 +80,21 @@ def _pretrain(run: RunConfig, args: TrainingArguments) -> int:
             save_run_file(run, run.output_dir, facts)
         logger.info(summary(run, model, data, facts))
     trainer = ModMoETrainer(model, args, run, data, facts)
-    if checkpoint is not None and args.process_index == 0:
-        logger.info("resuming from %s", checkpoint)
+    trainer.add_callback(Progress(run, status, watchdog, trainer.guard))
+    if checkpoint is not None:
+        status.update(checkpoint=checkpoint.name)
+        if args.process_index == 0:
+            logger.info("resuming from %s", checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.stop.exit_code:
         if args.process_index == 0:
-            logger.info("interrupted at step %d; run the same command to resume", trainer.state.global_step)
+            asked = trainer.stop.requested_at  # None if only other ranks were
+            took = "" if asked is None else f" and saved within {time.monotonic() - asked:.1f} s"
+            logger.info("interrupted at step %d%s; run the same command to resume", trainer.state.global_step, took)
+        status.end("interrupted", trainer.stop.exit_code)
         return trainer.stop.exit_code
     _finish(trainer, run, data)
+    status.end("finished", 0)
     return 0
 
 
@@ -149,20 +168,3 @@ def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts:
         "output": str(run.output_dir),
     }
     return "\n".join(f"{name:>9}: {text}" for name, text in lines.items())
-
-
-def parameter_counts(model: ModMoEForCausalLM) -> tuple[int, int]:
-    """Parameters in all, and those that one token uses."""
-    total = sum(_size(p) for p in model.parameters())
-    idle = 0
-    for router, experts in model.routed_pools():
-        pool = sum(_size(p) for p in experts.parameters())
-        idle += pool * (router.num_experts - router.top_k) // router.num_experts
-    return total, total - idle
-
-
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter, of which ZeRO-3 and expert parallelism leave this process a part."""
-    size = getattr(parameter, "ds_numel", parameter.numel())
-    part = expert_slice(parameter)
-    return size if part is None else size * part.num_experts // (part.stop - part.start)

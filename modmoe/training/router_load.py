@@ -36,6 +36,16 @@ class RouterLoads:
             if loads:
                 self.sums[side] = loads
 
+    def merge(self, other: "RouterLoads") -> None:
+        """Add the sums of other forward passes."""
+        for side, loads in other.sums.items():
+            mine = self.sums.get(side, [torch.zeros_like(load) for load in loads])
+            self.sums[side] = [total + load for total, load in zip(mine, loads, strict=True)]
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiply all sums by a scalar on their device."""
+        self.sums = {side: [load * factor for load in loads] for side, loads in self.sums.items()}
+
     def all_reduce(self) -> None:
         """Sum over all ranks, in one collective."""
         flat = [load for loads in self.sums.values() for load in loads]
@@ -50,12 +60,15 @@ class RouterLoads:
         """Side -> per router each expert's share of the assignments."""
         return {side: [_share(load).tolist() for load in loads] for side, loads in self.sums.items()}
 
-    def metrics(self, layers: dict[str, list[int]]) -> dict[str, float]:
+    def metrics(self, layers: dict[str, list[int]], expert_parallel_size: int = 1) -> dict[str, float]:
         """
         Three figures per router, and per side the worst violation, the mean entropy and all dead experts.
 
+        With expert parallelism also the worst load of a rank on each side, whose experts the others wait for.
+
         Args:
             layers: of `routed_layers`.
+            expert_parallel_size: ranks that share out the experts of each layer.
         """
         metrics: dict[str, float] = {}
         for side, loads in self.sums.items():
@@ -63,6 +76,8 @@ class RouterLoads:
             metrics[f"router/{side}/max_violation"] = max(f["max_violation"] for f in figures)
             metrics[f"router/{side}/entropy"] = sum(f["entropy"] for f in figures) / len(figures)
             metrics[f"router/{side}/dead_experts"] = sum(f["dead_experts"] for f in figures)
+            if expert_parallel_size > 1:
+                metrics[f"router/{side}/rank_load"] = max(rank_load(load, expert_parallel_size) for load in loads)
             for layer, router in zip(layers[side], figures, strict=True):
                 metrics |= {f"router/{side}/layer_{layer:02d}/{name}": value for name, value in router.items()}
         return metrics
@@ -85,6 +100,18 @@ def balance(load: torch.Tensor) -> dict[str, float]:
         "entropy": round(float(entropy), 4),
         "dead_experts": float((load == 0).sum()),
     }
+
+
+def rank_load(load: torch.Tensor, ranks: int) -> float:
+    """
+    Largest load of an expert-parallel rank over the mean: 1 is even, `ranks` is one rank doing all.
+
+    Args:
+        load: (E,) tokens per expert.
+        ranks: each of which holds E / ranks experts that follow each other.
+    """
+    per_rank = load.view(ranks, -1).sum(1)
+    return round(float(per_rank.max() / per_rank.mean().clamp_min(1)), 4)
 
 
 def _share(load: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,8 @@ class LoggingConfig(Section):
     """Steps between two records."""
     tensorboard: bool = True
     """Whether to write TensorBoard files."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """What a device can do, in TFLOP/s: gives the share of it that training uses (MFU). Common GPUs are known."""
 
 
 class EvaluationConfig(Section):
@@ -128,6 +130,19 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; there is always one at the end."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest to keep."""
+
+
+class HealthConfig(Section):
+    """When a run reports trouble, and when it gives up."""
+
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """Steps in a row without a finite loss and gradient after which the run ends; such steps change no weight."""
+    spike_deviations: float = Field(default=6.0, gt=0)
+    """Standard deviations above the usual loss from which a step is reported in events.jsonl."""
+    join_minutes: float = Field(default=3.0, gt=0)
+    """How long processes wait for each other at the start."""
+    stuck_minutes: float = Field(default=30.0, gt=0)
+    """Time without progress (a step, an evaluated domain, a save) after which all processes leave."""
 
 
 class RunConfig(Section):
@@ -153,6 +168,8 @@ class RunConfig(Section):
     """Checkpoints."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
+    health: HealthConfig = HealthConfig()
+    """Trouble."""
     output_dir: UserPath
     """Where everything is written, relative to the working directory."""
     init: UserPath | None = None

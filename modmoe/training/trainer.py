@@ -8,6 +8,7 @@ import contextlib
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
-from modmoe.data import PreparedData, collate_packed
+from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.parallel.layout import expert_slice
 from modmoe.training.bootstrap import world_size
@@ -38,14 +39,21 @@ from modmoe.training.checkpoint import (
 from modmoe.training.clock import Clock
 from modmoe.training.consolidation import check_same_architecture, write_model
 from modmoe.training.engine_state import EngineState
-from modmoe.training.errors import RunError
+from modmoe.training.errors import DivergedError, RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
+from modmoe.training.events import Events
+from modmoe.training.late import Late
+from modmoe.training.metric_window import MetricWindow
+from modmoe.training.nonfinite import find_nonfinite
 from modmoe.training.optimizer import build_optimizer, build_scheduler
 from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
-from modmoe.training.router_load import RouterLoads, routed_layers
+from modmoe.training.router_load import routed_layers
 from modmoe.training.run_config import RunConfig
 from modmoe.training.sharded_state import Piece, ShardedState, write_index, write_pieces
+from modmoe.training.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
+from modmoe.training.stragglers import Stragglers
+from modmoe.training.throughput import flops_per_token, peak_tflops
 
 Batch = dict[str, torch.Tensor]
 
@@ -93,6 +101,13 @@ def _clips_in_optimizer(run: RunConfig) -> bool:
     return run.zero_stage == 0 and not stores_bf16(run)
 
 
+def device_peak_tflops(run: RunConfig) -> float | None:
+    """What a device of this machine can do in the run's precision, in TFLOP/s; None if that is not known."""
+    if run.logging.peak_tflops or not torch.cuda.is_available() or run_precision(run) != "bf16":
+        return run.logging.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name())
+
+
 def training_arguments(run: RunConfig) -> TrainingArguments:
     """Settings of the Hugging Face Trainer; making them also sets up the process group."""
     optimization = run.optimization
@@ -112,7 +127,7 @@ def training_arguments(run: RunConfig) -> TrainingArguments:
         dataloader_num_workers=run.data.workers,
         dataloader_pin_memory=device_type() == "cuda",
         ddp_find_unused_parameters=False,
-        ddp_timeout=4 * 3600,  # rank 0 may tokenise while the others wait
+        ddp_timeout=round(60 * run.health.stuck_minutes),
         logging_steps=run.logging.interval,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # would hide a diverged run, and wait for the device at every step
@@ -157,13 +172,25 @@ class ModMoETrainer(Trainer):
         self.clock = Clock(run.max_minutes)
         self.stop = Stop(self.clock)
         self._layers = routed_layers(model.config)
-        self._step_loads = RouterLoads()
-        self._window_loads = RouterLoads()
-        self._window_sums: dict[str, torch.Tensor] = {}
+        self.guard = StepGuard(
+            run.health.max_skipped_steps,
+            run.health.spike_deviations,
+            Events(run.output_dir / "events.jsonl"),
+            locate=self._locate_nonfinite,
+            contents=self._contents_of_step,
+            divergence=self._divergence,
+        )
+        self._stragglers = Stragglers(model.base_model)
+        self._peak_tflops = device_peak_tflops(run)
+        self._flops_per_token = flops_per_token(model, run.data.sequence_length)
+        self._window = MetricWindow()
         self._window_start = (0, 0.0)
         self._pauses = 0.0
         self._grad_norm: torch.Tensor | None = None
-        self._step_batches: list[Batch] = []
+        self._applied: torch.Tensor | None = None
+        self._step_before: Late | None = None
+        self._batches: list[Batch] = []
+        self._batches_before: list[Batch] = []
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
         self._engine_state: Any = None
@@ -171,7 +198,7 @@ class ModMoETrainer(Trainer):
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
         if model.config.use_selection_bias:
-            callbacks.append(SelectionBias(self._step_loads))
+            callbacks.append(SelectionBias(self._window.step_loads))
         super().__init__(
             model=model,
             args=args,
@@ -191,6 +218,8 @@ class ModMoETrainer(Trainer):
             optimizer = build_optimizer(model or self.model, self.run.optimization)
             if _clips_in_optimizer(self.run):
                 optimizer.register_step_pre_hook(self._clip)
+            if _clips_in_optimizer(self.run) or self.run.deepspeed is None:
+                optimizer.register_step_pre_hook(self._skip_if_not_finite)
             self.optimizer = optimizer
         return self.optimizer
 
@@ -213,8 +242,18 @@ class ModMoETrainer(Trainer):
 
         return expert_parallel_topology(self.run.expert_parallel_size).group
 
+    def _skip_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        assert self._grad_norm is not None
+        skip_if_not_finite(optimizer, self._grad_norm)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self._grad_norm if self._grad_norm is not None else super()._get_grad_norm(model, grad_norm)
+        """The norm over all ranks. Called once per step: after it in DeepSpeed, which steps in the backward pass."""
+        if not _clips_in_optimizer(self.run):
+            norm = super()._get_grad_norm(model, grad_norm)
+            self._grad_norm = torch.as_tensor(norm, device=self.args.device)
+        assert self._grad_norm is not None
+        self._end_step(self._grad_norm)
+        return self._grad_norm
 
     # ---- One optimizer step ----
 
@@ -222,16 +261,27 @@ class ModMoETrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], torch.Tensor | None]:
         """The micro-batches of one step on this rank, and the number of labels in all of them on all ranks."""
+        begun = time.perf_counter()
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         labels = [(batch["labels"][:, 1:] != -100).sum() for batch in batches]
         tokens = [_num_tokens(batch) for batch in batches]
-        counts = torch.stack([torch.stack(labels).sum(), torch.stack(tokens).sum()]).to(device)
+        counts = torch.stack([torch.stack(labels).sum(), torch.stack(tokens).sum()]).to(device, torch.float64)
+        self._stragglers.add_data_time(time.perf_counter() - begun)
+        # How the step before went travels along, in the one collective that each step begins with.
+        before = [] if self._applied is None else [self._window.step_loss, ~self._applied]
+        sums = torch.stack([*counts, *before])  # float64 holds every count that occurs exactly
         if self.args.world_size > 1:
-            dist.all_reduce(counts)
-        self._step_batches = batches
-        self._step_tokens = counts[1]
-        self._step_loads.sums.clear()
-        return batches, counts[0]
+            dist.all_reduce(sums)
+        self._step_before = Late(sums[2:]) if before else None
+        self._batches, self._batches_before = batches, self._batches
+        self._router_statistics = None
+        self._window.begin_step()
+        labels_in_step, self._step_tokens = sums[:2].long()
+        return batches, labels_in_step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # The Trainer's own sum of losses would never recover from one that is not finite; see MetricWindow.
+        return torch.zeros_like(super().training_step(*args, **kwargs))
 
     def compute_loss(
         self,
@@ -241,9 +291,8 @@ class ModMoETrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's share of the step's loss; the sum over micro-batches and ranks is the step's."""
-        if self._step_batches:
+        if self._router_statistics is None:
             self._router_statistics = self._statistics_of_step(model)
-            self._step_batches = []
         outputs = model(
             **inputs,
             use_cache=False,
@@ -251,9 +300,9 @@ class ModMoETrainer(Trainer):
             num_tokens_in_batch=self._step_tokens,
             router_statistics=self._router_statistics,
         )
-        self._record(outputs, _num_tokens(inputs) / self._step_tokens)
+        self._window.add(outputs, _num_tokens(inputs) / self._step_tokens)
         # Data-parallel engines average gradients over ranks, and these are to be added.
-        loss = outputs.loss * self.args.world_size
+        loss = poison(outputs.loss) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
@@ -276,7 +325,7 @@ class ModMoETrainer(Trainer):
         bare = self.accelerator.unwrap_model(model)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            parts = [bare.router_statistics(**self._prepare_inputs(batch)) for batch in self._step_batches]
+            parts = [bare.router_statistics(**self._prepare_inputs(batch)) for batch in self._batches]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -286,25 +335,52 @@ class ModMoETrainer(Trainer):
         """Not counted: the estimate of transformers is for dense models."""
         return 0
 
-    # ---- Metrics ----
+    def _end_step(self, grad_norm: torch.Tensor) -> None:
+        """Note whether the step counts, and judge the one before, of which the host knows by now."""
+        self._applied = grad_norm.isfinite()
+        self._window.end_step(self._applied)
+        if getattr(getattr(self.model_wrapped, "optimizer", None), "overflow", False):
+            # ZeRO leaves the schedule out with the step, other engines do not.
+            self.model_wrapped.lr_scheduler.step()
+        if self._step_before is not None:
+            loss, skipped = self._step_before.tolist()
+            self.guard.judge(Outcome(self.state.global_step, loss, bool(skipped)))
 
-    def _record(self, outputs: Any, share: torch.Tensor) -> None:
-        """Add up this forward pass for the next record, without waiting for the device."""
-        self._step_loads.add(outputs)
-        self._window_loads.add(outputs)
-        values = {"cross_entropy": outputs.cross_entropy}
-        values |= {f"aux/{name}": value * share for name, value in (outputs.aux_losses or {}).items()}
-        for name, value in values.items():
-            self._window_sums[name] = self._window_sums.get(name, 0) + value.detach()
+    def _locate_nonfinite(self) -> str:
+        """Which rank and module of the step before gave the first number that is not finite. Called by all ranks."""
+        partitioned = self.run.zero_stage == 3
+        model = self.model_wrapped if partitioned else self.model
+        with self._autocast():
+            mine = find_nonfinite(model, self._batches_before, self.args.device, backward=not partitioned)
+        found: list[str | None] = [mine]
+        if self.args.world_size > 1:
+            found = [None] * self.args.world_size
+            dist.all_gather_object(found, mine)
+        where = [f"on rank {rank} {finding}" for rank, finding in enumerate(found) if finding is not None]
+        if not where:
+            searched = "forward pass" if partitioned else "forward and backward pass"
+            return f"a second {searched} over the same batch gave finite numbers on every rank"
+        return "; ".join(where[:2]) + (f"; and on {len(where) - 2} other ranks" if len(where) > 2 else "")
+
+    def _contents_of_step(self, step: int) -> str:
+        """Blocks of a step, counted from 1, on all ranks, and how many each domain gave."""
+        per_step = self.run.blocks_per_step(self.args.world_size)
+        blocks = range((step - 1) * per_step, step * per_step)
+        text = f"blocks {blocks.start} to {blocks.stop - 1} of the training data"
+        if not isinstance(self.data.train, MixtureDataset):
+            return text
+        domains = Counter(self.data.train.locate(block)[0] for block in blocks)
+        return f"{text}: " + ", ".join(f"{count} of {name}" for name, count in domains.most_common())
+
+    # ---- Metrics ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Complete training records and hand all to the callbacks, except for the Trainer's closing summary."""
         if "train_runtime" in logs:
             return
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise RunError(self._divergence(f"the loss is {logs['loss']}"))
-            logs = {key: value for key, value in logs.items() if value is not None} | self._window_metrics()
+            figures = {name: value for name, value in logs.items() if name != "loss" and value is not None}
+            logs = {name: value for name, value in figures.items() if math.isfinite(value)} | self._window_metrics()
         with writing(self.run.output_dir / "metrics.jsonl", self.run.output_dir):
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
@@ -315,22 +391,21 @@ class ModMoETrainer(Trainer):
         return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}{start}"
 
     def _window_metrics(self) -> dict[str, float]:
-        """Means since the last record, over all ranks."""
+        """Figures since the last record, over all ranks."""
         step, begun = self._window_start
         now = time.perf_counter()
         steps, seconds = self.state.global_step - step, now - begun - self._pauses
         self._window_start, self._pauses = (self.state.global_step, now), 0.0
-        sums = torch.stack(list(self._window_sums.values())).double()
-        if self.args.world_size > 1:
-            dist.all_reduce(sums)
-        self._window_loads.all_reduce()
+        metrics, loads = self._window.means()
         per_step = self.run.tokens_per_step(self.args.world_size)
-        metrics = dict(zip(self._window_sums, (sums / steps).tolist(), strict=True))
         metrics |= {"tokens": self.state.global_step * per_step, "tokens_per_second": steps * per_step / seconds}
-        metrics |= self._window_loads.metrics(self._layers)
-        self._window_sums.clear()
-        self._window_loads.sums.clear()
-        return metrics
+        tflops = metrics["tokens_per_second"] * self._flops_per_token / self.args.world_size / 1e12
+        metrics["tflops_per_device"] = tflops
+        if self._peak_tflops is not None:
+            metrics["mfu"] = tflops / self._peak_tflops
+        if self.args.world_size > 1:
+            metrics |= self._stragglers.metrics(steps, self.args.device)
+        return metrics | loads.metrics(self._layers, self.run.expert_parallel_size)
 
     @contextlib.contextmanager
     def _untimed(self) -> Iterator[None]:
@@ -387,7 +462,7 @@ class ModMoETrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self._is_finite():
-            raise RunError(self._divergence("the loss or a weight is not finite"))
+            raise DivergedError(self._divergence("a weight is not finite"))
         directory = checkpoint_dir(self.run.output_dir, self.state.global_step)
         with self._untimed():
             if self.args.should_save:
@@ -467,11 +542,10 @@ class ModMoETrainer(Trainer):
         set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _is_finite(self) -> bool:
-        """Whether all weights and all losses since the last record are finite, on all ranks."""
-        # Under ZeRO-3 a parameter is empty and this rank's shard of it in ds_tensor. DeepSpeed skips steps that would
-        # make weights infinite, so that these alone do not tell.
+        """Whether all weights are finite, on all ranks."""
+        # Under ZeRO-3 a parameter is empty and this rank's shard of it in ds_tensor.
         shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.model.parameters()]
-        finite = torch.stack([part.isfinite().all() for part in (*shards, *self._window_sums.values())]).all().int()
+        finite = torch.stack([part.isfinite().all() for part in shards]).all().int()
         if self.args.world_size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
