@@ -340,8 +340,8 @@ class ModMoETrainer(Trainer):
         self._applied = grad_norm.isfinite()
         self._window.end_step(self._applied)
         if getattr(getattr(self.model_wrapped, "optimizer", None), "overflow", False):
-            # ZeRO leaves the schedule out with the step, other engines do not.
-            self.model_wrapped.lr_scheduler.step()
+            # After a step that ZeRO skips, and only then, accelerate leaves out the schedule's as well.
+            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
         if self._step_before is not None:
             loss, skipped = self._step_before.tolist()
             self.guard.judge(Outcome(self.state.global_step, loss, bool(skipped)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modmoe.models import ModMoEConfig
-from modmoe.training.router_load import RouterLoads, balance, routed_layers
+from modmoe.training.router_load import RouterLoads, balance, rank_load, routed_layers
 
 
 def test_an_even_load():
@@ -59,3 +59,14 @@ def test_dense_models_have_no_figures():
 def test_layers_without_router_are_left_out():
     config = ModMoEConfig(num_hidden_layers=3, num_experts=[4, 1, 4], num_attn_experts=1)
     assert routed_layers(config) == {"attn": [], "ffn": [0, 2]}
+
+
+def test_the_load_of_the_busiest_rank():
+    load = torch.tensor([1.0, 1.0, 5.0, 1.0], dtype=torch.float64)
+    assert rank_load(load, 2) == 1.5
+    assert rank_load(load, 4) == 2.5
+    assert rank_load(torch.zeros(4, dtype=torch.float64), 2) == 0.0
+    loads = RouterLoads()
+    loads.sums = {"ffn": [load, torch.ones(4, dtype=torch.float64)]}
+    assert loads.metrics({"ffn": [0, 1]}, expert_parallel_size=2)["router/ffn/rank_load"] == 1.5
+    assert "router/ffn/rank_load" not in loads.metrics({"ffn": [0, 1]})
