@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import launch_checks.quiet  # noqa: F401  (before torch)
 import torch
 import torch.distributed as dist
 from launch_checks.arrival import Failure, bounded, exchange, meet
@@ -98,18 +99,18 @@ def _test_together(
     place: Place, mine: Facts, store: TCPStore, report: Report, directories: list[Path], seconds: float
 ) -> Report:
     """Everything that ranks do together; the report is complete on rank 0."""
-    with bounded("connecting the ranks over gloo", place, 2 * seconds):
+    with bounded("connecting the ranks over gloo", _network_remedy(mine), place, 2 * seconds):
         _connect(place, mine, store, seconds)
     facts = gathered(mine)
     device = _device(facts, place)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with bounded(f"testing collectives over {backend}", place, 2 * seconds):
+    with bounded(f"testing collectives over {backend}", "see what NCCL_DEBUG=INFO prints", place, 2 * seconds):
         wrong = gathered(wrong_collectives(device))
         speeds = gathered(bandwidths(groups(facts), device))
         clocks = gathered(clock_offset())
     tested = []
     for directory in directories:
-        with bounded(f"writing and reading in {directory}", place, 2 * seconds):
+        with bounded(f"writing and reading in {directory}", "test this disk on that node alone", place, 2 * seconds):
             (token,) = {token for token in gathered(uuid.uuid4().hex if place.rank == 0 else None) if token}
             tested.append(check_directory(directory, token))
     if place.rank != 0:
@@ -135,13 +136,17 @@ def _connect(place: Place, mine: Facts, store: TCPStore, seconds: float) -> None
             world_size=place.world_size,
             timeout=timedelta(seconds=seconds),
         )
-        dist.barrier(device_ids=None)
+        gathered(None)  # over gloo, whatever else there is
     except RuntimeError as error:
         raise Failure(
-            f"{place.name} cannot connect to the other ranks over gloo ({str(error).splitlines()[0]}): set "
-            f"GLOO_SOCKET_IFNAME={mine.interface or '<interface>'} (and NCCL_SOCKET_IFNAME) to the network interface "
-            "that the nodes share, on all nodes"
+            f"{place.name} cannot connect to the other ranks over gloo ({str(error).splitlines()[0]}): "
+            f"{_network_remedy(mine)}"
         ) from None
+
+
+def _network_remedy(mine: Facts) -> str:
+    name = mine.interface or "<interface>"
+    return f"set GLOO_SOCKET_IFNAME={name} (and NCCL_SOCKET_IFNAME), the network that the nodes share, on all nodes"
 
 
 def _device(facts: list[Facts], place: Place) -> torch.device:

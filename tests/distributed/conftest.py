@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Node:
     def prefix(self) -> list[str]:
         """Before a command, to run it on this node."""
         return ["ip", "netns", "exec", self.name]
+
+    @property
+    def host(self) -> str:
+        """Both nodes have the name of the machine."""
+        return socket.gethostname()
 
     @property
     def environment(self) -> dict[str, str]:

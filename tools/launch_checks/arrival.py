@@ -91,11 +91,12 @@ def _wait_for(store: TCPStore, key: str, seconds: float, place: Place) -> None:
 
 
 @contextlib.contextmanager
-def bounded(what: str, place: Place, seconds: float) -> Iterator[None]:
+def bounded(what: str, remedy: str, place: Place, seconds: float) -> Iterator[None]:
     """Leave the process with a message if the block takes longer; what hangs in a network cannot be interrupted."""
 
     def leave() -> None:
-        print(f"problem: {place.name}: {what} did not end within {seconds:.0f} s", file=sys.stderr, flush=True)
+        message = f"problem: {place.name}: {what} did not end within {seconds:.0f} s: {remedy}"
+        print(message, file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, leave)

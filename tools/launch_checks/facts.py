@@ -213,6 +213,7 @@ def expectations(
             found.append(_read_hostfile(directory / name, command))
     if "SLURM_JOB_NUM_NODES" in environment:
         found.append(Expectation("Slurm (SLURM_JOB_NUM_NODES)", nodes=int(environment["SLURM_JOB_NUM_NODES"])))
+    found = list(dict.fromkeys(found))  # several processes above may show the same command line
     for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if variable in environment:
             found.append(Expectation(variable, ranks=int(environment[variable]), exact=False))

@@ -27,8 +27,8 @@ def size_of_world(report: Report) -> Iterator[str]:
     for expected in report.expectations:
         if expected.source.endswith("which does not exist"):
             yield (
-                f"{expected.source}: the launcher did not say so and started {ranks} rank(s) on this machine alone; "
-                "correct the path after -H"
+                f"{expected.source}: the launcher went on with {ranks} rank(s) on this machine alone; correct the "
+                "path after -H"
             )
         if expected.nodes is not None and nodes != expected.nodes:
             yield (

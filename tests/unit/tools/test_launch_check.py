@@ -200,7 +200,7 @@ def launcher(*options, cwd=Path("/")):
 
 def test_a_hostfile_counts_slots_and_nodes(tmp_path):
     (tmp_path / "hosts").write_text("# two of them\na slots=4\n\nb slots=2  # smaller\n")
-    (found,) = expectations(None, {}, launcher("-H", "hosts", cwd=tmp_path))
+    (found,) = expectations(None, {}, launcher("-H", "hosts", cwd=tmp_path) * 2)
     assert (found.ranks, found.nodes, found.exact) == (6, 2, True)
     (found,) = expectations(None, {}, launcher("--hostfile=hosts", "--num_gpus", "1", cwd=tmp_path))
     assert (found.ranks, found.nodes) == (None, None)
@@ -265,11 +265,11 @@ def test_a_port_that_is_taken_is_named():
 def test_what_hangs_is_ended_with_a_message(monkeypatch, capfd):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with arrival.bounded("a dead disk", place(1, 2, 0), 0.05):
+    with arrival.bounded("a dead disk", "buy another", place(1, 2, 0), 0.05):
         time.sleep(0.3)
     assert left == [1]
-    assert "rank 1 on here: a dead disk did not end within" in capfd.readouterr().err
-    with arrival.bounded("a living disk", place(1, 2, 0), 0.05):
+    assert "rank 1 on here: a dead disk did not end within 0 s: buy another" in capfd.readouterr().err
+    with arrival.bounded("a living disk", "keep it", place(1, 2, 0), 0.05):
         pass
     time.sleep(0.1)
     assert left == [1]
