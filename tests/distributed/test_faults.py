@@ -56,10 +56,13 @@ class Run:
         complete = [checkpoint for checkpoint in checkpoints(self.out) if defect(checkpoint) is None]
         return step_of(complete[-1]) if complete else 0
 
-    def state(self):
-        """How the run ended, by status.json."""
+    def status(self):
+        """How the run ended by status.json, and rank 0's exit code."""
         path = self.out / "status.json"
-        return json.loads(path.read_text())["state"] if path.exists() else ""
+        if not path.exists():
+            return "-"
+        status = json.loads(path.read_text())
+        return f"{status['state']}, {status['exit_code']}"
 
 
 @pytest.fixture
@@ -83,8 +86,16 @@ def suffer(record_property):
         launcher_seconds = time.monotonic() - begun
         run.launched.wait_for_group()
         seconds = time.monotonic() - begun
+        shell_code = code if code >= 0 else 128 - code
         lost = max(0, run.step() - run.saved())
-        row = [event, f"{launcher_seconds:.0f} s", code, f"{seconds:.0f} s", f"{lost} steps{note}", run.state()]
+        row = [
+            event,
+            shell_code,
+            f"{launcher_seconds:.0f} s",
+            f"{seconds:.0f} s",
+            note or f"{lost} steps",
+            run.status(),
+        ]
         record_property("fault", row)
         return code
 
@@ -221,7 +232,7 @@ def test_a_port_that_is_taken(start, workspace, suffer):
         out = ["--output_dir", str(workspace / "port"), "--data.cache_dir", str(workspace / "cache")]
         launched = start("port", [*command, str(SCRIPT), "--config", str(CONFIG), *out])
         run = Run(launched, workspace / "port")
-        assert suffer(run, "the master port is taken", lambda: None, ", none begun") != 0
+        assert suffer(run, "the master port is taken", lambda: None, "nothing begun") != 0
 
 
 @pytest.mark.slow
@@ -231,7 +242,7 @@ def test_a_hostfile_with_an_unknown_host(start, workspace, suffer):
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-H", str(hosts)]
     out = workspace / "unknown"
     run = Run(start("unknown", [*launcher, str(SCRIPT), "--config", str(CONFIG), "--output_dir", str(out)]), out)
-    assert suffer(run, "a hostfile names an unknown host, SSH", lambda: None, ", none begun") != 0
+    assert suffer(run, "a hostfile names an unknown host, SSH", lambda: None, "nothing begun") != 0
     assert not out.exists()
 
 
