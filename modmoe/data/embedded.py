@@ -11,6 +11,7 @@ Identical texts are taken once.
 import hashlib
 import importlib
 import importlib.util
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -38,23 +39,25 @@ _EXCLUDED_DIRECTORIES = {
 
 
 def _python_files() -> Iterator[tuple[str, Path | str]]:
-    yield from _files(Path(sysconfig.get_paths()["stdlib"]), "*.py")
+    yield from _files(Path(sysconfig.get_paths()["stdlib"]), ".py")
 
 
 def _c_files() -> Iterator[tuple[str, Path | str]]:
     roots = list(_SYSTEM_HEADERS)
-    if not any(next(_files(root, "*.h"), None) for root in roots):
+    if not any(next(_files(root, ".h"), None) for root in roots):
         spec = importlib.util.find_spec("torch")
         roots = [Path(spec.origin).parent / "include"] if spec and spec.origin else []
     for root in roots:
-        yield from _files(root, "*.h")
+        yield from _files(root, ".h")
 
 
-def _files(root: Path, pattern: str) -> Iterator[tuple[str, Path]]:
-    for path in root.rglob(pattern):
-        relative = path.relative_to(root)
-        if path.is_file() and _EXCLUDED_DIRECTORIES.isdisjoint(relative.parts):
-            yield relative.as_posix(), path
+def _files(root: Path, suffix: str) -> Iterator[tuple[str, Path]]:
+    for directory, subdirectories, names in os.walk(root):
+        # Not entered, rather than filtered: site-packages can be a hundred times the rest.
+        subdirectories[:] = [name for name in subdirectories if name not in _EXCLUDED_DIRECTORIES]
+        for path in (Path(directory, name) for name in names if name.endswith(suffix)):
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path
 
 
 def _english_topics() -> Iterator[tuple[str, Path | str]]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Node:
     def prefix(self) -> list[str]:
         """Before a command, to run it on this node."""
         return ["ip", "netns", "exec", self.name]
+
+    @property
+    def host(self) -> str:
+        """Both nodes have the name of the machine."""
+        return socket.gethostname()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,3 +62,14 @@ def _connect(first: Node, second: Node) -> None:
         result = subprocess.run(command.split(), capture_output=True, text=True)
         if result.returncode != 0:
             pytest.skip(f"two nodes need network namespaces: `{command}`: {result.stderr.strip()}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The rows of the fault table in docs/distributed.md."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    properties = [p for report in reports if getattr(report, "when", "") == "call" for p in report.user_properties]
+    rows = [value for name, value in properties if name == "fault"]
+    if rows:
+        terminalreporter.section("faults")
+    for row in rows:
+        terminalreporter.write_line("| " + " | ".join(map(str, row)) + " |")

@@ -39,7 +39,7 @@ def test_unreadable_and_repeated_files_are_left_out(tmp_path, monkeypatch):
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    monkeypatch.setitem(embedded._DOMAINS, "c", lambda: embedded._files(tmp_path, "*.h"))
+    monkeypatch.setitem(embedded._DOMAINS, "c", lambda: embedded._files(tmp_path, ".h"))
     reader = EmbeddedReader("c")
     assert sorted(document.text for document in reader.read("train")) == ["int a;\n", "int e;\n"]
     assert reader.skipped == {"c.h", "d.h"}
