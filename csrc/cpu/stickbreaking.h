@@ -74,7 +74,8 @@ struct Tile {
       int64_t from = 0, to = -1;
       if (r < count) {
         const int64_t t = query(r);
-        if (p.document_start) from = std::max<int64_t>(0, p.document_start[b * p.queries + t]);
+        // At most S, which means none: the lanes of float tiles hold 32 bits.
+        if (p.document_start) from = std::clamp<int64_t>(p.document_start[b * p.queries + t], 0, p.keys);
         to = p.keys - p.queries + t - !p.attend_current;
         oldest = std::min(oldest, from), newest = std::max(newest, to);
         clear_from = std::max(clear_from, from), clear_to = std::min(clear_to, to);

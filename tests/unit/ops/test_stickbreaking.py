@@ -238,6 +238,27 @@ def test_packed_equals_separate(attend_current: bool, dtype: torch.dtype) -> Non
     assert_same(packed, expected, leaves, leaves)
 
 
+def test_starts_past_every_key() -> None:
+    """Some beyond 32 bits, and beside them queries that see something."""
+    leaves = make((1, 2, 1, 5, 5, 4), torch.float32)
+    expected = None
+    for nothing in (5, 2**31, 2**32, 2**63 - 1):
+        start = torch.tensor([[0, nothing, -(2**63), nothing, 2]])
+        actual = stickbreaking_attention(*leaves, document_start=start)
+        assert actual[0][:, :, [1, 3]].abs().max() == 0
+        assert actual[1][:, :, [1, 3]].eq(1).all()
+        expected = expected or actual
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_more_keys_than_fit_32_bits(implementation: str) -> None:
+    if implementation != "cpp":
+        pytest.skip("only the compiled kernel counts keys in 32 bits")
+    keys = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 1)
+    with pytest.raises(RuntimeError, match="at most 2147483647 keys, got 2147483648"):
+        stickbreaking_attention(torch.zeros(1, 1, 1, 1), keys, keys)
+
+
 @pytest.mark.parametrize("num_queries", [1, 3])
 @pytest.mark.parametrize("attend_current", [True, False], ids=["current", "strict"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
