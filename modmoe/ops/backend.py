@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda", "cuda_sm90")
 ENVIRONMENT_VARIABLE = "MODMOE_BACKEND"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that an op may be given
 
 # Schemas are fragments of one namespace, so that a compiled library can add kernels for other devices to them.
 library = torch.library.Library("modmoe", "FRAGMENT")

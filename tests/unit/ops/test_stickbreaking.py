@@ -358,10 +358,17 @@ def test_backward_under_autocast_keeps_the_precision_of_forward() -> None:
         assert torch.equal(grads[name], grad), name
 
 
-def test_empty_batch() -> None:
-    out, remainder = stickbreaking_attention(*make((0, 4, 2, 3, 5, 4)))
-    assert out.shape == (0, 4, 3, 4)
-    assert remainder.shape == (0, 4, 3)
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 2, 3, 5, 4), (2, 0, 2, 3, 5, 4), (2, 4, 2, 0, 5, 4), (2, 4, 2, 0, 0, 4)], ids=str
+)
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    """No batch, no heads, no queries, no keys."""
+    leaves = make(shape)
+    out, remainder = stickbreaking_attention(*leaves)
+    assert out.shape == leaves[0].shape
+    assert remainder.shape == leaves[0].shape[:3]
+    for name, grad in gradients(out, remainder, leaves).items():
+        assert grad.eq(0).all(), name
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -410,10 +417,14 @@ def fails(error: type[Exception], match: str) -> Callable[..., None]:
 def test_errors_name_the_value() -> None:
     q, k, v = (x.detach() for x in make((2, 4, 2, 3, 5, 4), torch.float32))
     fails(ValueError, r"got \(4, 3, 4\)")(q[0], k, v)
-    fails(ValueError, r"share batch and head dim, got \(2, 4, 3, 2\) and \(2, 2, 5, 4\)")(q[..., :2], k, v)
+    fails(ValueError, r"share batch and a head dim of 1 or more, got \(2, 4, 3, 2\) and \(2, 2, 5, 4\)")(
+        q[..., :2], k, v
+    )
     fails(ValueError, "multiple of key/value heads, got 3 and 2")(q[:, :3], k, v)
     fails(ValueError, "got 5 queries, 3 keys")(k, q[:, :2], q[:, :2])
+    fails(ValueError, r"got \(2, 4, 3, 0\) and \(2, 2, 5, 0\)")(q[..., :0], k[..., :0], v[..., :0])
     fails(TypeError, "torch.float64, torch.float32, torch.float32")(q.double(), k, v)
+    fails(TypeError, "one dtype of .*, got torch.float8_e5m2, ")(*(x.to(torch.float8_e5m2) for x in (q, k, v)))
     fails(TypeError, "key_mask must be bool")(q, k, v, key_mask=torch.ones(2, 5))
     fails(ValueError, r"key_mask must have shape \(2, 5\), got \(2, 3\)")(q, k, v, key_mask=torch.ones(2, 3).bool())
     fails(ValueError, "as many queries as keys, got 3 and 5")(q, k, v, cu_seqlens=torch.tensor([0, 6]))
