@@ -100,6 +100,15 @@ def choose_backend(op: str, name: str, problems: Mapping[str, Callable[[], str |
     raise RuntimeError(f"{op}: no backend can be used: {'; '.join(passed)}")
 
 
+def no_second_derivative(op: str) -> None:
+    """Make it an error to differentiate the gradient of `op`: torch itself would warn, and take it for a constant."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"{op} can be differentiated once; for second derivatives take backend 'reference'")
+
+    torch.library.register_autograd(f"modmoe::{op}_backward", refuse, lib=library)
+
+
 # Asked once: torch 2.11 cannot trace the question.
 _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "hpu", "mps") if torch.amp.is_autocast_available(d))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import grouped_linear_cpp, grouped_linear_cuda, grouped_linear_sm90, grouped_linear_torch, reference
-from .backend import DTYPES, autocast_dtype, choose_backend, library, requested_backend
+from .backend import DTYPES, autocast_dtype, choose_backend, library, no_second_derivative, requested_backend
 from .routing import DispatchPlan
 
 LAYOUTS = ("token", "pair", "sorted")
@@ -228,3 +228,4 @@ library.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("modmoe::grouped_linear", _forward_fake, lib=library)
 torch.library.register_fake("modmoe::grouped_linear_backward", _backward_fake, lib=library)
 torch.library.register_autograd("modmoe::grouped_linear", _autograd, setup_context=_setup_context, lib=library)
+no_second_derivative("grouped_linear")

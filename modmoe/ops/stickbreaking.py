@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from . import reference, stickbreaking_cpp, stickbreaking_torch, stickbreaking_triton
-from .backend import DTYPES, autocast_dtype, choose_backend, library, requested_backend, without_autocast
+from .backend import (
+    DTYPES,
+    autocast_dtype,
+    choose_backend,
+    library,
+    no_second_derivative,
+    requested_backend,
+    without_autocast,
+)
 
 # Best first. The reference stands apart: autograd goes through it, and it alone returns weights.
 _IMPLEMENTATIONS = {"cpp": stickbreaking_cpp, "triton": stickbreaking_triton, "torch": stickbreaking_torch}
@@ -246,3 +254,4 @@ torch.library.register_fake("modmoe::stickbreaking_attention_backward", _backwar
 torch.library.register_autograd(
     "modmoe::stickbreaking_attention", _autograd, setup_context=_setup_context, lib=library
 )
+no_second_derivative("stickbreaking_attention")

@@ -136,6 +136,14 @@ def test_gradcheck() -> None:
     )
 
 
+def test_no_second_derivative() -> None:
+    x, weight, gates, plan, _ = make((5, 2, 4, 3, 2), "token")
+    out = grouped_linear(x.requires_grad_(), weight, plan, top_k=2, gates=gates)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="grouped_linear can be differentiated once; .* 'reference'"):
+        torch.autograd.grad(first.sum(), x)
+
+
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_all_tokens_masked(source: str, target: str) -> None:

@@ -173,6 +173,21 @@ def test_gradcheck(attend_current: bool) -> None:
     )
 
 
+def test_no_second_derivative() -> None:
+    leaves = make((1, 2, 1, 4, 5, 2))
+    for backend in (None, "reference"):
+        out, remainder = stickbreaking_attention(*leaves, backend=backend)
+        first = torch.autograd.grad(out.square().sum() + remainder.sum(), leaves, create_graph=True)
+        if backend == "reference":
+            second = torch.autograd.grad(first[0].sum(), leaves)
+            assert all(grad.abs().max() > 0 for grad in second)
+        else:
+            with pytest.raises(
+                RuntimeError, match="stickbreaking_attention can be differentiated once; .*'reference'"
+            ):
+                torch.autograd.grad(first[0].sum(), leaves)
+
+
 def test_scale() -> None:
     q, k, v = make((1, 2, 2, 6, 6, 4))
     out, _ = stickbreaking_attention(q, k, v, scale=0.7)
