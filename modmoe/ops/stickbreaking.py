@@ -56,14 +56,16 @@ def stickbreaking_attention(
         v: (B, Hkv, S, D).
         scale: factor of q . k, default D ** -0.5.
         attend_current: True: a query sees its own position (ModuleFormer). False: only earlier ones.
-        key_mask: (B, S) bool; a False key gets weight 0 and takes nothing of the stick, as if it were absent.
+        key_mask: (B, S) bool; a False key gets weight 0 and takes nothing of the stick, as if it were absent;
+            its numbers must be finite all the same, for 0 * nan is nan.
         cu_seqlens: (n + 1,) int32 or int64, starts of packed documents over the flattened B * T positions, then
             B * T; documents do not cross rows. Needs T == S. Values are not checked.
         document_start: (B, T) integer, index of the first key that each query may see; the general form of
             `cu_seqlens`, give one of them.
         return_weights: also return the weights (B, Hq, T, S), through the reference.
-        early_stop: let a block of queries stop reading older keys once all its sticks are used up; what it leaves out
-            is below the resolution of the dtype it computes in. A permission: "torch" and "reference" read all keys.
+        early_stop: let a block of queries stop reading older keys once all its sticks are used up; what it leaves out,
+            of the remainder too, is below the resolution of q's dtype. A permission: "torch" and "reference" read all
+            keys.
         backend: see `modmoe.ops.backend`; weights come from "reference" alone.
 
     Returns:
