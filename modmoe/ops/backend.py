@@ -71,7 +71,7 @@ def requested_backend(op: str, explicit: str | None, known: tuple[str, ...]) -> 
     if _context:
         name = _context[-1]
     else:
-        name = _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
+        name = _check(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"environment variable {ENVIRONMENT_VARIABLE}")
     return name if name in known else "auto"
 
 
