@@ -11,6 +11,7 @@ from .backend import DTYPES, autocast_dtype, choose_backend, library, requested_
 from .stickbreaking import stickbreaking_attention
 
 _OP = "stickbreaking_paged_attention"
+BACKENDS = ("triton", "torch")
 
 
 def stickbreaking_paged_attention(
@@ -53,7 +54,7 @@ def stickbreaking_paged_attention(
     _check(q, k_pages, v_pages, block_table, lengths)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    name = requested_backend(_OP, backend, ("triton", "torch"))
+    name = requested_backend(_OP, backend, BACKENDS)
     out, remainder = torch.ops.modmoe.stickbreaking_paged_attention(
         q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop, name
     )
