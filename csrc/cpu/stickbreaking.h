@@ -277,12 +277,11 @@ struct Few {
   }
 
   static void forward(const TileType& tile, const Heads<T>& out, T* remainder) {
-    switch (tile.count) {
-      case 1: return forward<1>(tile, out, remainder);
-      case 2: return forward<2>(tile, out, remainder);
-      case 3: return forward<3>(tile, out, remainder);
-      default: return forward<4>(tile, out, remainder);
+    if constexpr (TileType::kRows == 4) {
+      if (tile.count == 4) return forward<4>(tile, out, remainder);
+      if (tile.count == 3) return forward<3>(tile, out, remainder);
     }
+    return tile.count == 2 ? forward<2>(tile, out, remainder) : forward<1>(tile, out, remainder);
   }
 };
 
