@@ -15,10 +15,11 @@ from typing import NamedTuple
 import torch
 
 import modmoe
-from modmoe.ops import dispatch_plan, grouped_linear, route, stickbreaking_attention
-from modmoe.ops.backend import ENVIRONMENT_VARIABLE, requested_backend
+from modmoe.ops import dispatch_plan, grouped_linear, route, stickbreaking_attention, stickbreaking_paged_attention
+from modmoe.ops.backend import BACKENDS, ENVIRONMENT_VARIABLE, requested_backend
 from modmoe.ops.build import Kind, library, library_problem
 from modmoe.ops.grouped_linear import BACKENDS as GROUPED_LINEAR
+from modmoe.ops.paged import BACKENDS as PAGED
 from modmoe.ops.routing import BACKENDS as ROUTING
 from modmoe.ops.stickbreaking import BACKENDS as STICKBREAKING
 
@@ -30,6 +31,12 @@ def _stickbreaking_attention(device: str, backend: str) -> None:
     stickbreaking_attention(x, x, x, backend=backend)
 
 
+def _stickbreaking_paged_attention(device: str, backend: str) -> None:
+    q, pages = (torch.randn(1, size, 1, 16, device=device, dtype=_dtype(device)) for size in (1, 4))
+    table, lengths = torch.zeros(1, 1, device=device, dtype=torch.int32), torch.full((1,), 4, device=device)
+    stickbreaking_paged_attention(q, pages, pages, table, lengths, backend=backend)
+
+
 def _route(device: str, backend: str) -> None:
     route(torch.randn(4, 2, device=device), 1, backend=backend)
 
@@ -39,7 +46,7 @@ def _dispatch_plan(device: str, backend: str) -> None:
 
 
 def _grouped_linear(device: str, backend: str) -> None:
-    plan = dispatch_plan(torch.tensor([[0], [1]], device=device), 2)
+    plan = dispatch_plan(torch.tensor([[0], [1]], device=device), 2, backend="torch")
     x, weight = (torch.randn(*shape, device=device, dtype=_dtype(device)) for shape in ((2, 16), (2, 16, 16)))
     grouped_linear(x, weight, plan, top_k=1, target="pair", backend=backend)
 
@@ -55,6 +62,7 @@ class Trial(NamedTuple):
 
 TRIALS = {
     "stickbreaking_attention": Trial(_stickbreaking_attention, STICKBREAKING),
+    "stickbreaking_paged_attention": Trial(_stickbreaking_paged_attention, PAGED),
     "route": Trial(_route, ROUTING),
     "dispatch_plan": Trial(_dispatch_plan, ROUTING),
     "grouped_linear": Trial(_grouped_linear, GROUPED_LINEAR),
@@ -116,7 +124,7 @@ def kernels(kind: Kind) -> str:
 
 
 def main() -> int:
-    """Print the diagnosis of all ops on all devices."""
+    """Print the diagnosis of all ops on all devices; return 1 if MODMOE_BACKEND is nothing that there is."""
     print(versions())
     print(f"cpu: {processor()}, {torch.get_num_threads()} threads")
     devices = ["cpu"]
@@ -124,7 +132,12 @@ def main() -> int:
         devices.append(f"cuda:{index}")
         major, minor = torch.cuda.get_device_capability(index)
         print(f"{devices[-1]}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
-    print(f"{ENVIRONMENT_VARIABLE}: {os.environ.get(ENVIRONMENT_VARIABLE, 'auto (not set)')}")
+    print(f"{ENVIRONMENT_VARIABLE}: {os.environ.get(ENVIRONMENT_VARIABLE) or 'auto (not set)'}")
+    try:
+        requested_backend("doctor", None, BACKENDS)
+    except ValueError as error:
+        print(error)
+        return 1
     print(f"compiled for the CPU: {kernels('cpu')}")
     print(f"compiled for CUDA: {kernels('cuda')}")
     for device in devices[:2]:

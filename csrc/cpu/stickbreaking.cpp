@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 
@@ -34,6 +35,7 @@ modmoe::Attention<T> attention(const Tensor& q, const Tensor& k, const Tensor& v
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "dtypes differ");
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "heads do not fit");
   STD_TORCH_CHECK(k.size(2) >= q.size(2) && k.size(3) == q.size(3) && k.size(0) == q.size(0), "shapes do not fit");
+  STD_TORCH_CHECK(k.size(2) <= INT32_MAX, "there may be at most ", INT32_MAX, " keys, got ", k.size(2));
   return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), heads<T>(q), heads<T>(k), heads<T>(v),
           key_mask ? static_cast<const bool*>(key_mask->data_ptr()) : nullptr,
           document_start ? static_cast<const int64_t*>(document_start->data_ptr()) : nullptr,

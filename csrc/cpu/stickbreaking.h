@@ -74,7 +74,8 @@ struct Tile {
       int64_t from = 0, to = -1;
       if (r < count) {
         const int64_t t = query(r);
-        if (p.document_start) from = std::max<int64_t>(0, p.document_start[b * p.queries + t]);
+        // At most S, which means none: the lanes of float tiles hold 32 bits.
+        if (p.document_start) from = std::clamp<int64_t>(p.document_start[b * p.queries + t], 0, p.keys);
         to = p.keys - p.queries + t - !p.attend_current;
         oldest = std::min(oldest, from), newest = std::max(newest, to);
         clear_from = std::max(clear_from, from), clear_to = std::min(clear_to, to);
@@ -276,12 +277,11 @@ struct Few {
   }
 
   static void forward(const TileType& tile, const Heads<T>& out, T* remainder) {
-    switch (tile.count) {
-      case 1: return forward<1>(tile, out, remainder);
-      case 2: return forward<2>(tile, out, remainder);
-      case 3: return forward<3>(tile, out, remainder);
-      default: return forward<4>(tile, out, remainder);
+    if constexpr (TileType::kRows == 4) {
+      if (tile.count == 4) return forward<4>(tile, out, remainder);
+      if (tile.count == 3) return forward<3>(tile, out, remainder);
     }
+    return tile.count == 2 ? forward<2>(tile, out, remainder) : forward<1>(tile, out, remainder);
   }
 };
 

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch", "cpp", "triton", "cuda", "cuda_sm90")
 ENVIRONMENT_VARIABLE = "MODMOE_BACKEND"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # that an op may be given
 
 # Schemas are fragments of one namespace, so that a compiled library can add kernels for other devices to them.
 library = torch.library.Library("modmoe", "FRAGMENT")
@@ -70,7 +71,7 @@ def requested_backend(op: str, explicit: str | None, known: tuple[str, ...]) -> 
     if _context:
         name = _context[-1]
     else:
-        name = _check(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}")
+        name = _check(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", f"environment variable {ENVIRONMENT_VARIABLE}")
     return name if name in known else "auto"
 
 
@@ -97,6 +98,15 @@ def choose_backend(op: str, name: str, problems: Mapping[str, Callable[[], str |
             return candidate
         passed.append(f"not {candidate!r}: {problem}")
     raise RuntimeError(f"{op}: no backend can be used: {'; '.join(passed)}")
+
+
+def no_second_derivative(op: str) -> None:
+    """Make it an error to differentiate the gradient of `op`: torch itself would warn, and take it for a constant."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"{op} can be differentiated once; for second derivatives take backend 'reference'")
+
+    torch.library.register_autograd(f"modmoe::{op}_backward", refuse, lib=library)
 
 
 # Asked once: torch 2.11 cannot trace the question.

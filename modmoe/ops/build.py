@@ -49,7 +49,8 @@ def library_problem(kind: Kind) -> str | None:
     except BuildError as error:
         return str(error)
     except OSError as error:
-        return f"the {kind} kernels were built but do not load ({_one_line(str(error))})"
+        # torch names the file alone; what was wrong with it is the cause.
+        return f"the {kind} kernels were built but do not load ({_one_line(str(error.__cause__ or error))})"
     return None
 
 
@@ -79,10 +80,16 @@ def library(kind: Kind) -> Path:
 
 
 def cache_directory() -> Path:
-    """Return the folder of built libraries: MODMOE_CACHE, else modmoe in the user's cache folder."""
-    if folder := os.environ.get(CACHE_VARIABLE):
+    """Return the folder of built libraries: MODMOE_CACHE, else modmoe in the user's cache folder.
+
+    Raises:
+        BuildError: the user has no home folder.
+    """
+    folder = os.environ.get(CACHE_VARIABLE) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "modmoe")
+    try:
         return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "modmoe"
+    except RuntimeError as error:  # a user without a home, as containers have them
+        raise BuildError(f"there is no home folder for {folder}: set {CACHE_VARIABLE} to a folder") from error
 
 
 def source_directory(kind: Kind) -> Path:
@@ -118,8 +125,8 @@ class _Plan:
     target: str
 
     def fingerprint(self) -> str:
-        """Everything that the result depends on: sources, commands, compilers and the processor it is for."""
-        digest = hashlib.sha256(repr((self.link, self.target)).encode())
+        """Everything that the result depends on: sources, commands, compilers, torch and the processor it is for."""
+        digest = hashlib.sha256(repr((self.link, self.target, torch.__version__)).encode())
         for compiler in self.compilers:
             digest.update(_run([compiler, "--version"]).encode())
         for file, command in self.objects:
@@ -247,11 +254,21 @@ def _torch_libraries() -> tuple[str, ...]:
 def _run(command: list[str]) -> str:
     name = Path(command[0]).name
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # compilers quote sources and paths, in whatever encoding those are
+            env={**os.environ, "LC_ALL": "C"},
+            timeout=_TIMEOUT,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{name} was still running after {_TIMEOUT} s") from error
     except OSError as error:
         raise BuildError(f"{name} cannot be started ({error.strerror})") from error
+    if result.returncode < 0:
+        raise BuildError(f"{name} was killed by signal {-result.returncode}; is there enough memory?")
     if result.returncode:
         logger.debug("%s\n%s", " ".join(command), result.stderr)
         raise BuildError(f"{name} failed with exit status {result.returncode} ({_one_line(result.stderr)})")

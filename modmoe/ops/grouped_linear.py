@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import grouped_linear_cpp, grouped_linear_cuda, grouped_linear_sm90, grouped_linear_torch, reference
-from .backend import autocast_dtype, choose_backend, library, requested_backend
+from .backend import DTYPES, autocast_dtype, choose_backend, library, no_second_derivative, requested_backend
 from .routing import DispatchPlan
 
 LAYOUTS = ("token", "pair", "sorted")
@@ -51,8 +51,9 @@ def grouped_linear(
         The rows in layout `target`, dtype of `x`. Pairs without an expert give zeros.
 
     Raises:
-        ValueError: an unknown layout, shapes that do not fit, gates missing for target "token".
-        TypeError: dtypes of `x` and `weight` that differ, or are not floating point.
+        ValueError: an unknown layout, shapes that do not fit, gates missing for target "token", a plan that is not
+            one of `dispatch_plan`; on the CPU, where a look costs nothing, offsets that do not rise to at most S.
+        TypeError: dtypes of `x` and `weight` that differ or are not of `modmoe.ops.backend.DTYPES`, integer gates.
         RuntimeError: tensors on several devices, or a backend that cannot be had.
     """
     x, weight = (t.to(autocast_dtype(t)) for t in (x, weight))
@@ -74,8 +75,8 @@ def _check(
         raise ValueError(
             f"x must be (rows, in) and weight (experts, out, in), got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    if x.dtype != weight.dtype or not x.is_floating_point():
-        raise TypeError(f"x and weight must share a floating dtype, got {x.dtype} and {weight.dtype}")
+    if x.dtype != weight.dtype or x.dtype not in DTYPES:
+        raise TypeError(f"x and weight must share one dtype of {DTYPES}, got {x.dtype} and {weight.dtype}")
     num_pairs = plan.order.shape[0]
     if top_k < 1 or num_pairs % top_k:
         raise ValueError(f"top_k must divide the {num_pairs} pairs of the plan, got {top_k}")
@@ -85,12 +86,19 @@ def _check(
         raise ValueError(f"source {source!r} needs {num_rows} rows for this plan and top_k={top_k}, got {x.shape[0]}")
     if plan.offsets.shape[0] != weight.shape[0]:
         raise ValueError(f"the plan is for {plan.offsets.shape[0]} experts but weight has {weight.shape[0]}")
+    if plan.offsets.dtype != torch.int32 or plan.inverse.shape != plan.order.shape:
+        raise ValueError(
+            "the plan must have int32 offsets, and an inverse as long as its order, "
+            f"got {plan.offsets.dtype}, {tuple(plan.inverse.shape)} and {tuple(plan.order.shape)}"
+        )
     if gates is None:
         if target == "token":
             raise ValueError("target 'token' sums over slots and needs gates (tokens, top_k)")
     elif gates.shape != (num_tokens, top_k):
         raise ValueError(f"gates must have shape ({num_tokens}, {top_k}), got {tuple(gates.shape)}")
-    devices = {t.device for t in (x, weight, plan.order, gates) if t is not None}
+    elif not gates.is_floating_point():
+        raise TypeError(f"gates must be floating point, got {gates.dtype}")
+    devices = {t.device for t in (x, weight, *plan, gates) if t is not None}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
@@ -220,3 +228,4 @@ library.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("modmoe::grouped_linear", _forward_fake, lib=library)
 torch.library.register_fake("modmoe::grouped_linear_backward", _backward_fake, lib=library)
 torch.library.register_autograd("modmoe::grouped_linear", _autograd, setup_context=_setup_context, lib=library)
+no_second_derivative("grouped_linear")

@@ -100,7 +100,7 @@ def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return _multiply_on_device(rows, weight, offsets)
     out = rows.new_empty(rows.shape[0], weight.shape[2])
     end = 0
-    for expert, start, end in _spans(offsets, rows.dtype):
+    for expert, start, end in _spans(offsets, rows):
         torch.mm(rows[start:end], weight[expert], out=out[start:end])
     out[end:] = 0
     return out
@@ -111,20 +111,25 @@ def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     if not _loops(left):
         return _outer_on_device(left, right, offsets)
     out = left.new_zeros(offsets.shape[0], left.shape[1], right.shape[1])
-    for expert, start, end in _spans(offsets, left.dtype):
+    for expert, start, end in _spans(offsets, left):
         out[expert].addmm_(left[start:end].T, right[start:end])
     return out
 
 
-def _spans(offsets: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, int]]:
+def _spans(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int]]:
     """Yield (expert, first row, past the last row), in order; experts without rows are left out.
+
+    Raises:
+        ValueError: offsets that fall, or go beyond the rows.
 
     oneDNN, which multiplies in bfloat16 and float16, compiles a kernel for each new shape (three times the work of a
     small product) and keeps the last thousand. Cutting at a multiple of 32 rows makes shapes come back.
     """
     start = 0
     for expert, end in enumerate(offsets.tolist()):
-        if dtype.itemsize == 2 and end - start > _GRANULE:
+        if not start <= end <= len(rows):
+            raise ValueError(f"offsets must rise from 0 to at most {len(rows)} rows, got {end} for expert {expert}")
+        if rows.dtype.itemsize == 2 and end - start > _GRANULE:
             cut = end - (end - start) % _GRANULE
             yield expert, start, cut
             start = cut

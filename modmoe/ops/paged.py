@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from . import stickbreaking_triton
-from .backend import autocast_dtype, choose_backend, library, requested_backend, without_autocast
+from .backend import DTYPES, autocast_dtype, choose_backend, library, requested_backend, without_autocast
 from .stickbreaking import stickbreaking_attention
 
 _OP = "stickbreaking_paged_attention"
+BACKENDS = ("triton", "torch")
 
 
 def stickbreaking_paged_attention(
@@ -53,7 +54,7 @@ def stickbreaking_paged_attention(
     _check(q, k_pages, v_pages, block_table, lengths)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    name = requested_backend(_OP, backend, ("triton", "torch"))
+    name = requested_backend(_OP, backend, BACKENDS)
     out, remainder = torch.ops.modmoe.stickbreaking_paged_attention(
         q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop, name
     )
@@ -67,9 +68,9 @@ def _check(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, len
             "q must be (B, Hq, T, D) and k_pages, v_pages (num_pages, page_size, Hkv, D), "
             f"got {tuple(q.shape)}, {tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
         )
-    if 0 in k_pages.shape[:3] or q.shape[1] % k_pages.shape[2]:
+    if 0 in k_pages.shape or q.shape[1] % k_pages.shape[2]:
         raise ValueError(
-            "there must be pages with slots, and query heads a multiple of key/value heads, "
+            "there must be pages with slots and a head dim, and query heads a multiple of key/value heads, "
             f"got {q.shape[1]} query heads and pages {tuple(k_pages.shape)}"
         )
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0] or lengths.shape != q.shape[:1]:
@@ -77,8 +78,10 @@ def _check(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, len
             f"block_table must be ({q.shape[0]}, max_pages) and lengths ({q.shape[0]},), "
             f"got {tuple(block_table.shape)} and {tuple(lengths.shape)}"
         )
-    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
-        raise TypeError(f"q and pages must share a floating dtype, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}")
+    if not q.dtype == k_pages.dtype == v_pages.dtype or q.dtype not in DTYPES:
+        raise TypeError(
+            f"q and pages must share one dtype of {DTYPES}, got {q.dtype}, {k_pages.dtype}, {v_pages.dtype}"
+        )
     for name, x in (("block_table", block_table), ("lengths", lengths)):
         if x.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")

@@ -74,5 +74,5 @@ def grouped_linear(
     if target != "sorted":
         y = y[inverse]
     if target == "token":
-        y = y.view(-1, top_k, y.shape[-1]).sum(1)
+        y = y.unflatten(0, (-1, top_k)).sum(1)
     return y.to(x.dtype)

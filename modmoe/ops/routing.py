@@ -127,7 +127,8 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int, *, backend: str | None 
     """Group the (token, slot) pairs by expert; all shapes are static and nothing is read back from the device.
 
     Args:
-        top_k_index: (N, K) integer expert ids, 0 to E - 1, or E for a slot without an expert. Values are not checked.
+        top_k_index: (N, K) integer expert ids, 0 to E - 1, or E for a slot without an expert. On other devices than
+            the CPU, where a look would stop the device, values are not checked.
         num_experts: E.
         backend: see `modmoe.ops.backend`.
 
@@ -135,7 +136,7 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int, *, backend: str | None 
         The plan; see `DispatchPlan`.
 
     Raises:
-        ValueError: `top_k_index` is not (N, K), or `num_experts` < 1.
+        ValueError: `top_k_index` is not (N, K) or has other values, or `num_experts` < 1.
         TypeError: `top_k_index` is not an integer tensor.
         RuntimeError: a backend that cannot be had.
     """
@@ -203,6 +204,10 @@ def _dispatch_plan(top_k_index: Tensor, num_experts: int, backend: str) -> tuple
     if choose_backend("dispatch_plan", backend, problems) == "cuda":
         return routing_cuda.dispatch_plan(top_k_index, num_experts)
     sorted_expert_ids, order = top_k_index.flatten().sort(dim=0, stable=True)
+    if top_k_index.device.type == "cpu" and top_k_index.numel():
+        least, most = int(sorted_expert_ids[0]), int(sorted_expert_ids[-1])
+        if least < 0 or most > num_experts:
+            raise ValueError(f"expert ids must be 0 to {num_experts} (none), got {least if least < 0 else most}")
     experts = torch.arange(num_experts, device=top_k_index.device, dtype=top_k_index.dtype)
     # Counting by searching the sorted ids: no host sync (bincount has one), no atomics.
     offsets = torch.searchsorted(sorted_expert_ids, experts, right=True, out_int32=True)

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from . import reference, stickbreaking_cpp, stickbreaking_torch, stickbreaking_triton
-from .backend import autocast_dtype, choose_backend, library, requested_backend, without_autocast
+from .backend import (
+    DTYPES,
+    autocast_dtype,
+    choose_backend,
+    library,
+    no_second_derivative,
+    requested_backend,
+    without_autocast,
+)
 
 # Best first. The reference stands apart: autograd goes through it, and it alone returns weights.
 _IMPLEMENTATIONS = {"cpp": stickbreaking_cpp, "triton": stickbreaking_triton, "torch": stickbreaking_torch}
@@ -43,19 +51,21 @@ def stickbreaking_attention(
     cast to its dtype; products and sums along keys are in float32 (float64 for float64 inputs).
 
     Args:
-        q: (B, Hq, T, D); the queries are the last T of the S positions.
+        q: (B, Hq, T, D) in float32, float64, bfloat16 or float16; the queries are the last T of the S positions.
         k: (B, Hkv, S, D), S >= T. Query head h reads key/value head h // (Hq / Hkv).
         v: (B, Hkv, S, D).
         scale: factor of q . k, default D ** -0.5.
         attend_current: True: a query sees its own position (ModuleFormer). False: only earlier ones.
-        key_mask: (B, S) bool; a False key gets weight 0 and takes nothing of the stick, as if it were absent.
+        key_mask: (B, S) bool; a False key gets weight 0 and takes nothing of the stick, as if it were absent;
+            its numbers must be finite all the same, for 0 * nan is nan.
         cu_seqlens: (n + 1,) int32 or int64, starts of packed documents over the flattened B * T positions, then
             B * T; documents do not cross rows. Needs T == S. Values are not checked.
         document_start: (B, T) integer, index of the first key that each query may see; the general form of
             `cu_seqlens`, give one of them.
         return_weights: also return the weights (B, Hq, T, S), through the reference.
-        early_stop: let a block of queries stop reading older keys once all its sticks are used up; what it leaves out
-            is below the resolution of the dtype it computes in. A permission: "torch" and "reference" read all keys.
+        early_stop: let a block of queries stop reading older keys once all its sticks are used up; what it leaves out,
+            of the remainder too, is below the resolution of q's dtype. A permission: "torch" and "reference" read all
+            keys.
         backend: see `modmoe.ops.backend`; weights come from "reference" alone.
 
     Returns:
@@ -106,15 +116,17 @@ def _check(
             "q must be (B, Hq, T, D) and k, v (B, Hkv, S, D), "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must share batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[3] == 0:
+        raise ValueError(
+            f"q and k must share batch and a head dim of 1 or more, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     batch, num_queries, num_keys = q.shape[0], q.shape[2], k.shape[2]
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of key/value heads, got {q.shape[1]} and {k.shape[1]}")
     if num_queries > num_keys:
         raise ValueError(f"queries are the last positions of the keys, got {num_queries} queries, {num_keys} keys")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise TypeError(f"q, k and v must share a floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise TypeError(f"q, k and v must share one dtype of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
     if key_mask is not None:
         if key_mask.dtype != torch.bool:
             raise TypeError(f"key_mask must be bool (True = keep), got {key_mask.dtype}")
@@ -244,3 +256,4 @@ torch.library.register_fake("modmoe::stickbreaking_attention_backward", _backwar
 torch.library.register_autograd(
     "modmoe::stickbreaking_attention", _autograd, setup_context=_setup_context, lib=library
 )
+no_second_derivative("stickbreaking_attention")

@@ -5,15 +5,11 @@ from torch import Tensor
 
 from .build import library_problem
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 
 def problem(q: Tensor, k: Tensor) -> str | None:
     """Say why this implementation cannot run on such tensors here; None if it can."""
     if q.device.type != "cpu":
         return f"it is for the CPU, the tensors are on {q.device.type!r}"
-    if q.dtype not in _DTYPES:
-        return f"it has no {q.dtype}"
     return library_problem("cpu")
 
 

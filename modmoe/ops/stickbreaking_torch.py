@@ -92,6 +92,8 @@ def _ungroup(x: Tensor, kv_heads: int) -> Tensor:
 def _blocks(p: _Problem) -> Iterator[_Block]:
     n, num_queries, groups, _ = p.q.shape
     num_keys = p.k.shape[1]
+    if p.q.numel() == 0:
+        return
     on_cpu = p.q.device.type == "cpu"
     q_step = max(1, (_CPU_ROWS if on_cpu else _DEVICE_ROWS) // groups)
     n_step = max(1, _CPU_ELEMENTS // (groups * min(q_step, num_queries) * num_keys)) if on_cpu else n

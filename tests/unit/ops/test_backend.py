@@ -48,6 +48,8 @@ def test_a_wish_that_cannot_be_met() -> None:
 
 def test_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert requested_backend("op", None, KNOWN) == "auto"
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    assert requested_backend("op", None, KNOWN) == "auto"
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
     assert requested_backend("op", None, KNOWN) == "reference"
     with use_backend("torch"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modmoe.ops import backend, build, stickbreaking_attention
+from modmoe.ops import backend, build, routing_cuda, stickbreaking_attention
 
 # Stands in for a compiler: says what it was called with, and copies the arguments to the file after -o.
 COMPILER = """#!/bin/sh
@@ -86,12 +86,16 @@ def test_changed_sources_make_another_library(
     assert build.library("cpu") != before
 
 
-@pytest.mark.parametrize("flags", ["-march=other", "-mcpu=other"])
-def test_another_processor_makes_another_library(
-    cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch, flags: str
-) -> None:
+def test_another_processor_makes_another_library(cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = build.library("cpu")
-    monkeypatch.setattr(build, "_processor", lambda: flags)
+    monkeypatch.setattr(build, "_processor", lambda: "x86_64 flags: fpu")
+    assert build.library("cpu") != before
+
+
+def test_another_torch_makes_another_library(cache: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upgraded in place: all paths are the same, and what they lead to is not."""
+    before = build.library("cpu")
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
     assert build.library("cpu") != before
 
 
@@ -104,14 +108,23 @@ def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build.library_problem("cpu") == "there is no C++ compiler: install g++ or set CXX"
 
 
-def test_a_compiler_that_fails(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("end", "problem"),
+    [
+        ('echo "x.cpp:1: error: no luck" >&2; exit 3', "failed with exit status 3 (x.cpp:1: error: no luck)"),
+        (r"""printf 'fran\347ais.cpp: error\n' >&2; exit 1""", "failed with exit status 1 (fran\ufffdais.cpp: error)"),
+        ("kill -9 $$", "was killed by signal 9; is there enough memory?"),
+    ],
+    ids=["error", "not UTF-8", "killed"],
+)
+def test_a_compiler_that_fails(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, problem: str
+) -> None:
     script = tmp_path / "compiler"
-    script.write_text(
-        '#!/bin/sh\ncase "$*" in *-shared*|*" -c "*) echo "x.cpp:1: error: no luck" >&2; exit 3;; esac\n'
-    )
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*|*" -c "*) {end};; esac\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    assert build.library_problem("cpu") == "compiler failed with exit status 3 (x.cpp:1: error: no luck)"
+    assert build.library_problem("cpu") == f"compiler {problem}"
     assert list(cache.iterdir()) == []
 
 
@@ -131,10 +144,20 @@ def test_a_cache_that_cannot_be_written(compiler: Path, cache: Path, monkeypatch
     assert problem.endswith("; set MODMOE_CACHE to another folder")
 
 
+def test_a_user_without_a_home(compiler: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (build.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 5)
+    assert build.library_problem("cpu") == (
+        "there is no home folder for ~/.cache/modmoe: set MODMOE_CACHE to a folder"
+    )
+
+
 def test_a_library_that_does_not_load(cache: Path, compiler: Path) -> None:
     problem = build.library_problem("cpu")  # the stand-in does not write real libraries
     assert problem is not None
     assert problem.startswith("the cpu kernels were built but do not load (")
+    assert "invalid ELF header" in problem or "file too short" in problem
 
 
 def test_no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -143,9 +166,18 @@ def test_no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         build.source_directory("cpu")
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
-def test_torch_without_cuda() -> None:
+def test_torch_without_cuda(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert build.library_problem("cuda") == "this torch is built without CUDA"
+
+
+def test_cuda_without_its_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(cache))
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    problem = "there is no nvcc: install the CUDA toolkit or set CUDA_HOME"
+    assert build.library_problem("cuda") == problem
+    assert routing_cuda.device_problem(torch.device("cuda", 0)) == problem
 
 
 def test_auto_goes_on_without_kernels_and_says_why_once(

@@ -13,7 +13,7 @@ from modmoe.ops.grouped_linear import LAYOUTS
 from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _spans
 
 # (tokens, top_k, experts, in, out)
-SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9)]
+SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9), (4, 2, 3, 0, 5), (4, 2, 3, 5, 0)]
 
 
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
@@ -122,8 +122,9 @@ def test_precision(source: str, target: str, dtype: torch.dtype, tolerance: floa
 
 def test_spans_come_back_in_few_shapes() -> None:
     offsets = torch.tensor([3, 3, 80, 144], dtype=torch.int32)
-    assert list(_spans(offsets, torch.float32)) == [(0, 0, 3), (2, 3, 80), (3, 80, 144)]
-    assert list(_spans(offsets, torch.bfloat16)) == [(0, 0, 3), (2, 3, 67), (2, 67, 80), (3, 80, 144)]
+    rows = torch.empty(144, 1)
+    assert list(_spans(offsets, rows)) == [(0, 0, 3), (2, 3, 80), (3, 80, 144)]
+    assert list(_spans(offsets, rows.bfloat16())) == [(0, 0, 3), (2, 3, 67), (2, 67, 80), (3, 80, 144)]
 
 
 def test_gradcheck() -> None:
@@ -133,6 +134,14 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(
         lambda x, weight, gates: grouped_linear(x, weight, plan, top_k=2, gates=gates), (x, weight, gates)
     )
+
+
+def test_no_second_derivative() -> None:
+    x, weight, gates, plan, _ = make((5, 2, 4, 3, 2), "token")
+    out = grouped_linear(x.requires_grad_(), weight, plan, top_k=2, gates=gates)
+    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="grouped_linear can be differentiated once; .* 'reference'"):
+        torch.autograd.grad(first.sum(), x)
 
 
 @pytest.mark.parametrize("target", LAYOUTS)
@@ -277,28 +286,38 @@ def test_errors_name_the_value() -> None:
         grouped_linear(x[:, :3], weight, plan, top_k=2, gates=gates)
     with pytest.raises(TypeError, match=r"torch.float32 and torch.float64"):
         grouped_linear(x, weight.double(), plan, top_k=2, gates=gates)
+    with pytest.raises(TypeError, match=r"one dtype of .*, got torch.float8_e5m2 and torch.float8_e5m2"):
+        grouped_linear(x.to(torch.float8_e5m2), weight.to(torch.float8_e5m2), plan, top_k=2, gates=gates)
     with pytest.raises(ValueError, match="source 'pair' needs 12 rows for this plan and top_k=2, got 6"):
         grouped_linear(x, weight, plan, top_k=2, source="pair", gates=gates)
     with pytest.raises(ValueError, match="the plan is for 3 experts but weight has 2"):
         grouped_linear(x, weight[:2], plan, top_k=2, gates=gates)
     with pytest.raises(ValueError, match=r"gates must have shape \(6, 2\), got \(6, 1\)"):
         grouped_linear(x, weight, plan, top_k=2, gates=gates[:, :1])
+    with pytest.raises(TypeError, match=r"gates must be floating point, got torch.int64"):
+        grouped_linear(x, weight, plan, top_k=2, gates=gates.long())
+    for broken, message in (
+        (plan._replace(offsets=plan.offsets.long()), r"got torch.int64, \(12,\) and \(12,\)"),
+        (plan._replace(inverse=plan.inverse[:6]), r"got torch.int32, \(6,\) and \(12,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"int32 offsets, and an inverse as long as its order, {message}"):
+            grouped_linear(x, weight, broken, top_k=2, gates=gates)
     with pytest.raises(ValueError, match="top_k must divide the 12 pairs of the plan, got 5"):
         grouped_linear(x, weight, plan, top_k=5, gates=gates)
     with pytest.raises(RuntimeError, match="one device, got"):
         grouped_linear(x.to("meta"), weight, plan, top_k=2, gates=gates)
+    with pytest.raises(RuntimeError, match="one device, got"):
+        grouped_linear(x, weight, plan._replace(offsets=plan.offsets.to("meta")), top_k=2, gates=gates)
 
 
 @pytest.mark.parametrize(
     ("offsets", "message"), [([3, 2, 14], "got 2 for expert 1"), ([3, 5, 99], "got 99 for expert 2")]
 )
-def test_offsets_that_do_not_fit(implementation: str, offsets: list[int], message: str) -> None:
-    """On the CPU the compiled products look at the offsets before they read by them."""
-    if implementation != "cpp":
-        pytest.skip("PyTorch checks the values it is given itself")
+def test_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
+    """On the CPU the products look at the offsets before they read by them."""
     x, weight, gates, plan, _ = make((7, 2, 3, 5, 3), "token", torch.float32)
     broken = plan._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((RuntimeError, ValueError), match=f"offsets must rise from 0 to at most 14 rows, {message}"):
         grouped_linear(x, weight, broken, top_k=2, gates=gates)
 
 

@@ -124,7 +124,9 @@ def test_errors_name_the_value() -> None:
     fails(ValueError, r"got \(3, 4, 3, 4\), \(12, 4, 2, 8\)", [q[..., :4], *inputs[1:]])
     fails(ValueError, "got 3 query heads and pages", [q[:, :3], *inputs[1:]])
     fails(ValueError, r"lengths \(3,\), got \(3, 4\) and \(2,\)", [*inputs[:4], lengths[:2]])
+    fails(ValueError, "a head dim, .* 4 query heads", [*(x[..., :0] for x in inputs[:3]), table, lengths])
     fails(TypeError, "torch.float64, torch.float32, torch.float32", [q.double(), *inputs[1:]])
+    fails(TypeError, "got torch.float8_e5m2, ", [*(x.to(torch.float8_e5m2) for x in inputs[:3]), table, lengths])
     fails(TypeError, "lengths must be int32 or int64, got torch.float32", [*inputs[:4], lengths.float()])
     fails(
         ValueError,

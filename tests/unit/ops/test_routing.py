@@ -197,5 +197,8 @@ def test_errors_name_the_value() -> None:
         dispatch_plan(torch.zeros(4, dtype=torch.int64), 3)
     with pytest.raises(TypeError, match="int64 or int32, got torch.float32"):
         dispatch_plan(torch.zeros(4, 2), 3)
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match=rf"expert ids must be 0 to 3 \(none\), got {wrong}"):
+            dispatch_plan(torch.tensor([[0, wrong], [3, 2]]), 3)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         dispatch_plan(torch.zeros(4, 2, dtype=torch.int64), 0)

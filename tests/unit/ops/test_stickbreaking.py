@@ -173,6 +173,21 @@ def test_gradcheck(attend_current: bool) -> None:
     )
 
 
+def test_no_second_derivative() -> None:
+    leaves = make((1, 2, 1, 4, 5, 2))
+    for backend in (None, "reference"):
+        out, remainder = stickbreaking_attention(*leaves, backend=backend)
+        first = torch.autograd.grad(out.square().sum() + remainder.sum(), leaves, create_graph=True)
+        if backend == "reference":
+            second = torch.autograd.grad(first[0].sum(), leaves)
+            assert all(grad.abs().max() > 0 for grad in second)
+        else:
+            with pytest.raises(
+                RuntimeError, match="stickbreaking_attention can be differentiated once; .*'reference'"
+            ):
+                torch.autograd.grad(first[0].sum(), leaves)
+
+
 def test_scale() -> None:
     q, k, v = make((1, 2, 2, 6, 6, 4))
     out, _ = stickbreaking_attention(q, k, v, scale=0.7)
@@ -236,6 +251,27 @@ def test_packed_equals_separate(attend_current: bool, dtype: torch.dtype) -> Non
         rows[row].append(stickbreaking_attention(*pieces, attend_current=attend_current))
     expected = tuple(torch.cat([torch.cat([piece[i] for piece in row], dim=2) for row in rows]) for i in (0, 1))
     assert_same(packed, expected, leaves, leaves)
+
+
+def test_starts_past_every_key() -> None:
+    """Some beyond 32 bits, and beside them queries that see something."""
+    leaves = make((1, 2, 1, 5, 5, 4), torch.float32)
+    expected = None
+    for nothing in (5, 2**31, 2**32, 2**63 - 1):
+        start = torch.tensor([[0, nothing, -(2**63), nothing, 2]])
+        actual = stickbreaking_attention(*leaves, document_start=start)
+        assert actual[0][:, :, [1, 3]].abs().max() == 0
+        assert actual[1][:, :, [1, 3]].eq(1).all()
+        expected = expected or actual
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_more_keys_than_fit_32_bits(implementation: str) -> None:
+    if implementation != "cpp":
+        pytest.skip("only the compiled kernel counts keys in 32 bits")
+    keys = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 1)
+    with pytest.raises(RuntimeError, match="at most 2147483647 keys, got 2147483648"):
+        stickbreaking_attention(torch.zeros(1, 1, 1, 1), keys, keys)
 
 
 @pytest.mark.parametrize("num_queries", [1, 3])
@@ -337,10 +373,17 @@ def test_backward_under_autocast_keeps_the_precision_of_forward() -> None:
         assert torch.equal(grads[name], grad), name
 
 
-def test_empty_batch() -> None:
-    out, remainder = stickbreaking_attention(*make((0, 4, 2, 3, 5, 4)))
-    assert out.shape == (0, 4, 3, 4)
-    assert remainder.shape == (0, 4, 3)
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 2, 3, 5, 4), (2, 0, 2, 3, 5, 4), (2, 4, 2, 0, 5, 4), (2, 4, 2, 0, 0, 4)], ids=str
+)
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    """No batch, no heads, no queries, no keys."""
+    leaves = make(shape)
+    out, remainder = stickbreaking_attention(*leaves)
+    assert out.shape == leaves[0].shape
+    assert remainder.shape == leaves[0].shape[:3]
+    for name, grad in gradients(out, remainder, leaves).items():
+        assert grad.eq(0).all(), name
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -389,10 +432,14 @@ def fails(error: type[Exception], match: str) -> Callable[..., None]:
 def test_errors_name_the_value() -> None:
     q, k, v = (x.detach() for x in make((2, 4, 2, 3, 5, 4), torch.float32))
     fails(ValueError, r"got \(4, 3, 4\)")(q[0], k, v)
-    fails(ValueError, r"share batch and head dim, got \(2, 4, 3, 2\) and \(2, 2, 5, 4\)")(q[..., :2], k, v)
+    fails(ValueError, r"share batch and a head dim of 1 or more, got \(2, 4, 3, 2\) and \(2, 2, 5, 4\)")(
+        q[..., :2], k, v
+    )
     fails(ValueError, "multiple of key/value heads, got 3 and 2")(q[:, :3], k, v)
     fails(ValueError, "got 5 queries, 3 keys")(k, q[:, :2], q[:, :2])
+    fails(ValueError, r"got \(2, 4, 3, 0\) and \(2, 2, 5, 0\)")(q[..., :0], k[..., :0], v[..., :0])
     fails(TypeError, "torch.float64, torch.float32, torch.float32")(q.double(), k, v)
+    fails(TypeError, "one dtype of .*, got torch.float8_e5m2, ")(*(x.to(torch.float8_e5m2) for x in (q, k, v)))
     fails(TypeError, "key_mask must be bool")(q, k, v, key_mask=torch.ones(2, 5))
     fails(ValueError, r"key_mask must have shape \(2, 5\), got \(2, 3\)")(q, k, v, key_mask=torch.ones(2, 3).bool())
     fails(ValueError, "as many queries as keys, got 3 and 5")(q, k, v, cu_seqlens=torch.tensor([0, 6]))
