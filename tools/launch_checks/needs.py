@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from modmoe.training.initialization import num_ids
 from modmoe.training.run_config import build_model_config, load_run_config
 
-# fp32 weights as an export, the engine's copy of them, its master copy and Adam's two moments.
-CHECKPOINT_BYTES = 5 * 4
+# fp32 weights as an export, and to resume from these in full precision with Adam's two moments.
+CHECKPOINT_BYTES = 4 * 4
 EXPORT_BYTES = 4
 
 

@@ -367,7 +367,7 @@ def test_space_for_checkpoints_is_counted_without_making_the_model():
     # The exported file of this model has 229,400 bytes with its header.
     assert needs.num_parameters() == pytest.approx(229_400 / 4, rel=0.05)
     needed, pieces = needs.checkpoint_space()
-    assert needed == needs.num_parameters() * (4 * 20 + 4)
+    assert needed == needs.num_parameters() * (4 * 16 + 4)
     assert pieces.startswith("4 checkpoints of 0.00")
     assert needs.digest != Needs(CONFIG, ["--checkpoint.keep", "4"]).digest
     assert needs.digest == Needs(CONFIG, ["--checkpoint.keep", "3"]).digest
