@@ -25,8 +25,8 @@ std::string device_problem(int64_t device) {
   if (error == cudaSuccess) return "";
   std::string problem = cudaGetErrorString(error);
   if (driver < toolkit) {
-    problem +=
-        ": the driver is for CUDA " + version_text(driver) + ", the kernels were built with " + version_text(toolkit);
+    problem += ": the driver is for CUDA " + version_text(driver) + ", the kernels were built with " +
+               version_text(toolkit) + "; update the driver, or set CUDA_HOME to an older toolkit";
   }
   return problem;
 }

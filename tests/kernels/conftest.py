@@ -19,7 +19,7 @@ def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(build_folder: Path) -> Emulator:
-    emulator = Emulator([CUDA / "routing.cu", CUDA / "grouped_linear.cu"], build_folder)
+    emulator = Emulator([CUDA / "routing.cu", CUDA / "grouped_linear.cu", CUDA / "device.cu"], build_folder)
     torch.ops.load_library(str(emulator.path))
     return emulator
 

@@ -22,6 +22,10 @@ thread_local unsigned char shared_memory[160 << 10] __attribute__((aligned(128))
 }  // namespace modmoe
 
 namespace emulator {
+
+int driver_version = 13000, toolkit_version = 13000;
+const char* driver_error = nullptr;
+
 namespace {
 
 enum class Access { kRead, kWrite, kAtomic };
@@ -477,6 +481,13 @@ void emulator_reset(unsigned schedule, const char* deleted_barrier, bool races_a
   emulator::schedule = schedule;
   emulator::deleted_barrier = deleted_barrier;
   emulator::buffers.clear();
+}
+
+// `error` stays the caller's.
+void emulator_driver(int driver, int toolkit, const char* error) {
+  emulator::driver_version = driver;
+  emulator::toolkit_version = toolkit;
+  emulator::driver_error = error;
 }
 
 const char* emulator_error() { return emulator::error_message(); }

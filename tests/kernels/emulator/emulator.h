@@ -47,6 +47,10 @@ void expose(const void* begin, size_t size);
 // What went wrong since the last reset, or "".
 const char* error_message();
 
+// What the emulated driver says of itself, as CUDA's numbers have it (13000 is 13.0), and of any kernel (null: it runs).
+extern int driver_version, toolkit_version;
+extern const char* driver_error;
+
 [[noreturn]] void fault(const char* what);
 void block_barrier(Site site);
 void warp_barrier(Site site);

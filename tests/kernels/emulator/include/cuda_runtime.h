@@ -88,3 +88,13 @@ template <typename T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+
+// Driver and toolkit: what a test says they are.
+using cudaError_t = const char*;
+struct cudaFuncAttributes {};
+constexpr cudaError_t cudaSuccess = nullptr;
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = emulator::toolkit_version, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = emulator::driver_version, cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)()) { return emulator::driver_error; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error; }
