@@ -1,7 +1,7 @@
 """Where in a model numbers stop being finite."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,7 +9,15 @@ from torch import nn
 Batch = dict[str, torch.Tensor]
 
 
-def find_nonfinite(model: nn.Module, batches: Iterable[Batch], device: torch.device, backward: bool) -> str | None:
+class Finding(NamedTuple):
+    """Where a model's numbers stop being finite."""
+
+    forward: bool
+    """Whether already in the forward pass."""
+    sentence: str
+
+
+def find_nonfinite(model: nn.Module, batches: Iterable[Batch], device: torch.device, backward: bool) -> Finding | None:
     """
     Run batches once more and name the module where the first number is not finite.
 
@@ -24,7 +32,7 @@ def find_nonfinite(model: nn.Module, batches: Iterable[Batch], device: torch.dev
             ZeRO-3 has partitioned.
 
     Returns:
-        a sentence; None if everything is finite.
+        the first finding; None if everything is finite.
     """
     search = _Search()
     # Inner modules run before the ones that hold them, so that the first to complain is the innermost.
@@ -39,7 +47,8 @@ def find_nonfinite(model: nn.Module, batches: Iterable[Batch], device: torch.dev
             for batch in batches:
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 loss = model(**inputs, use_cache=False).loss
-                if search.first_output is not None and search.found is None:
+                # Also where something is found already: other ranks may still be searching.
+                if search.first_output is not None:
                     # With respect to an inner tensor: no gradient of a parameter is touched, nor an engine's hooks.
                     torch.autograd.grad(loss, search.first_output, allow_unused=True)
                 search.first_output = None
@@ -54,7 +63,7 @@ class _Search:
     """The first finding, forwards and then backwards."""
 
     def __init__(self) -> None:
-        self.found: str | None = None
+        self.found: Finding | None = None
         self.first_output: torch.Tensor | None = None
 
     def hook(self, name: str, module: nn.Module) -> Any:
@@ -62,10 +71,10 @@ class _Search:
             for tensor in _tensors(output):
                 if self.found is None and not tensor.isfinite().all():
                     own = [getattr(p, "ds_tensor", p) for p in module.parameters(recurse=False)]
-                    healthy = all(part.isfinite().all() for part in own)
-                    self.found = f"the output of {name or 'the model'} is the first that is not finite" + (
-                        "" if healthy else ", and its weights are not finite either"
-                    )
+                    sentence = f"the output of {name or 'the model'} is the first that is not finite"
+                    if not all(part.isfinite().all() for part in own):
+                        sentence += ", and its weights are not finite either"
+                    self.found = Finding(True, sentence)
                 if tensor.requires_grad:
                     if self.first_output is None:
                         self.first_output = tensor
@@ -75,8 +84,8 @@ class _Search:
 
     def _check_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if self.found is None and not gradient.isfinite().all():
-            self.found = f"the forward pass is finite; going back, the gradient at the output of {name} is the first "
-            self.found += "that is not"
+            where = f"the gradient at the output of {name or 'the model'} is the first that is not"
+            self.found = Finding(False, f"the forward pass is finite; going back, {where}")
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -263,6 +263,9 @@ def _check_zero_stage(section: dict[str, Any]) -> None:
     stage = section["zero_optimization"].get("stage", 0)
     if stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    for part, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if section.get(part, {}).get(key, True) is not True:
+            raise ValueError(f"remove {part}.{key}: without it a step with NaN would be applied")
     if section.get("fp16", {}).get("enabled", False):
         raise ValueError("remove 'fp16': optimization.precision is fp32 or bf16")
 

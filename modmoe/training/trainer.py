@@ -44,7 +44,7 @@ from modmoe.training.evaluation import DomainScore, evaluate_domains
 from modmoe.training.events import Events
 from modmoe.training.late import Late
 from modmoe.training.metric_window import MetricWindow
-from modmoe.training.nonfinite import find_nonfinite
+from modmoe.training.nonfinite import Finding, find_nonfinite
 from modmoe.training.optimizer import build_optimizer, build_scheduler
 from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
@@ -341,7 +341,8 @@ class ModMoETrainer(Trainer):
         self._window.end_step(self._applied)
         if getattr(getattr(self.model_wrapped, "optimizer", None), "overflow", False):
             # After a step that ZeRO skips, and only then, accelerate leaves out the schedule's as well.
-            getattr(self.lr_scheduler, "scheduler", self.lr_scheduler).step()
+            schedule: Any = self.lr_scheduler
+            getattr(schedule, "scheduler", schedule).step()
         if self._step_before is not None:
             loss, skipped = self._step_before.tolist()
             self.guard.judge(Outcome(self.state.global_step, loss, bool(skipped)))
@@ -352,15 +353,18 @@ class ModMoETrainer(Trainer):
         model = self.model_wrapped if partitioned else self.model
         with self._autocast():
             mine = find_nonfinite(model, self._batches_before, self.args.device, backward=not partitioned)
-        found: list[str | None] = [mine]
+        found: list[Finding | None] = [mine]
         if self.args.world_size > 1:
             found = [None] * self.args.world_size
             dist.all_gather_object(found, mine)
-        where = [f"on rank {rank} {finding}" for rank, finding in enumerate(found) if finding is not None]
-        if not where:
+        ranks = [(rank, finding) for rank, finding in enumerate(found) if finding is not None]
+        # With expert parallelism the gradients of other ranks follow from one rank's forward pass.
+        ranks = [(rank, finding) for rank, finding in ranks if finding.forward] or ranks
+        if not ranks:
             searched = "forward pass" if partitioned else "forward and backward pass"
             return f"a second {searched} over the same batch gave finite numbers on every rank"
-        return "; ".join(where[:2]) + (f"; and on {len(where) - 2} other ranks" if len(where) > 2 else "")
+        more = f"; and on {len(ranks) - 2} other ranks" if len(ranks) > 2 else ""
+        return "; ".join(f"on rank {rank} {finding.sentence}" for rank, finding in ranks[:2]) + more
 
     def _contents_of_step(self, step: int) -> str:
         """Blocks of a step, counted from 1, on all ranks, and how many each domain gave."""

@@ -67,7 +67,7 @@ class FaultyBlocks:
         return (first * math.nan, *rest)
 
 
-def train_on_faulty_blocks(content, stage, backward_only, out):
+def train_on_faulty_blocks(content, backward_only):
     from accelerate.state import AcceleratorState
     from deepspeed.runtime.zero.partition_parameters import shutdown_init_context
 
@@ -77,8 +77,7 @@ def train_on_faulty_blocks(content, stage, backward_only, out):
 
     prepare_process(use_deepspeed=True)
     AcceleratorState._reset_state(reset_partial_state=True)
-    section = None if stage is None else {"zero_optimization": {"stage": stage}}
-    run = check_run_config({**content, "deepspeed": section, "output_dir": out})
+    run = check_run_config(content)
     run.output_dir.mkdir(exist_ok=True)
     args = training_arguments(run)
     data = prepare_data(
@@ -97,10 +96,10 @@ def train_on_faulty_blocks(content, stage, backward_only, out):
     return snapshots.taken, trainer.guard.skipped, float(rates[0])
 
 
-def check(content, stage, tmp_path, backward_only=False):
+def check(content, section, tmp_path, backward_only=False):
     content["optimization"] |= {"steps": STEPS}
-    out = tmp_path / str(stage)
-    results = run_ranks(train_on_faulty_blocks, 2, content, stage, backward_only, str(out))
+    content |= {"deepspeed": section, "output_dir": str(tmp_path / "run")}
+    results = run_ranks(train_on_faulty_blocks, 2, content, backward_only)
     for taken, skipped, rate in results:
         assert skipped == 1
         assert rate == 0.0  # the schedule goes on
@@ -112,32 +111,54 @@ def check(content, stage, tmp_path, backward_only=False):
             assert value.equal(at[name]), name
         assert any(not value.equal(after[name]) for name, value in at.items())
         assert all(value.isfinite().all() for value in taken[STEPS].values())
-    if stage in (None, 0):
+    if section in (None, zero(0)) and content.get("expert_parallel_size", 1) == 1:
         first, second = (taken[STEPS] for taken, *_ in results)
         assert all(value.equal(second[name]) for name, value in first.items())
-    records = [r for r in read_metrics(out / "metrics.jsonl") if "tokens_per_second" in r]
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "tokens_per_second" in r]
     assert [r["skipped_steps"] for r in records] == [int(step == BAD_STEP) for step in range(1, STEPS + 1)]
     assert all(math.isfinite(value) for record in records for value in record.values())
-    (event,) = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    (event,) = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert (event["event"], event["step"]) == ("skipped_step", BAD_STEP)
     return event["message"]
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [0, pytest.param(None, marks=pytest.mark.slow), *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2, 3))],
-)
-def test_a_step_with_nan_on_one_rank_changes_nothing_on_any(content, tmp_path, stage):
-    message = check(content, stage, tmp_path)
-    assert (
-        "its loss is not finite: on rank 1 the output of model.layers.1.mlp is the first that is not finite" in message
-    )
+def zero(stage):
+    return {"zero_optimization": {"stage": stage}}
+
+
+def check_forward(content, section, tmp_path):
+    message = check(content, section, tmp_path)
+    assert "its loss is not finite: on rank 1 the output of model.layers.1.mlp" in message
     assert "blocks 16 to 23 of the training data: 8 of words" in message
 
 
+def test_a_step_with_nan_on_one_rank_changes_nothing_on_any(content, tmp_path):
+    check_forward(content, zero(0), tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [None, 0, 2])
-def test_a_gradient_that_is_nan_on_one_rank_is_skipped_and_located(content, tmp_path, stage):
-    message = check(content, stage, tmp_path, backward_only=True)
+@pytest.mark.parametrize("stage", [None, 1, 2, 3])
+def test_it_is_the_same_in_every_engine(content, tmp_path, stage):
+    check_forward(content, None if stage is None else zero(stage), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_it_is_the_same_with_weights_in_bf16(content, tmp_path, stage):
+    content["optimization"]["precision"] = "bf16"
+    check_forward(content, {**zero(stage), "bf16": {"enabled": True}}, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_it_is_the_same_with_expert_parallelism(content, tmp_path, stage):
+    content["expert_parallel_size"] = 2
+    check_forward(content, zero(stage), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [None, zero(0), zero(2)])
+def test_a_gradient_that_is_nan_on_one_rank_is_skipped_and_located(content, tmp_path, section):
+    message = check(content, section, tmp_path, backward_only=True)
     assert "its gradient is not finite: on rank 1 the forward pass is finite" in message
     assert "model.layers" in message

@@ -138,8 +138,9 @@ def test_weights_that_are_not_finite_are_named(model, batches, backward):
         found = find_nonfinite(model, batches, CPU, backward)
     finally:
         weight.data.copy_(kept)
-    assert found.startswith("the output of model.layers.1.self_attn.k_proj is the first that is not finite")
-    assert found.endswith("and its weights are not finite either")
+    assert found.forward
+    assert found.sentence.startswith("the output of model.layers.1.self_attn.k_proj is the first that is not finite")
+    assert found.sentence.endswith("and its weights are not finite either")
 
 
 def test_a_gradient_that_is_not_finite_is_found_where_it_begins(model, batches):
@@ -153,7 +154,10 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_begins(model, batches):
         found = find_nonfinite(model, batches, CPU, backward=True)
     finally:
         handle.remove()
-    assert found.startswith("the forward pass is finite; going back, the gradient at the output of model.layers.0.mlp")
+    assert not found.forward
+    assert found.sentence.startswith(
+        "the forward pass is finite; going back, the gradient at the output of model.layers.0.mlp"
+    )
 
 
 def test_late_numbers_are_those_of_the_moment():
