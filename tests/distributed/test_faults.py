@@ -15,7 +15,6 @@ import pytest
 
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoint import checkpoints, defect, latest_complete, step_of
-from modmoe.training.run_config import RunConfig
 from tests.launching import CONFIG, SCRIPT, TIMEOUT, Launch, deepspeed_command, free_port
 
 pytest.importorskip("deepspeed")
@@ -59,8 +58,8 @@ class Run:
     def status(self):
         """How the run ended by status.json, and rank 0's exit code."""
         path = self.out / "status.json"
-        if not path.exists():
-            return "-"
+        if not path.exists():  # the run had not come as far as its output directory
+            return "none"
         status = json.loads(path.read_text())
         return f"{status['state']}, {status['exit_code']}"
 
@@ -159,8 +158,6 @@ def test_ctrl_c_saves(begin, suffer):
 
 @pytest.mark.slow
 def test_a_rank_that_stops_for_ever(begin, suffer):
-    if "health" not in RunConfig.model_fields:
-        pytest.skip("no watchdog in this version")
     run = begin("stuck", "--health.stuck_minutes", "0.2")
     run.wait_for_checkpoint()
     stopped = run.launched.ranks()[1]
