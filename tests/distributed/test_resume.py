@@ -36,13 +36,13 @@ class Run:
     """A model in training on this rank."""
 
     def __init__(self, cluster, optimizer_name):
-        from modmoe.parallel.engine import announce, expert_parallel_group
+        from modmoe.parallel.engine import announce, expert_parallel_topology
 
         self.stage = cluster.stage
-        self.group = expert_parallel_group(cluster.size) if cluster.size > 1 else None
+        self.topology = expert_parallel_topology(cluster.size) if cluster.size > 1 else None
         torch.manual_seed(0)
-        self.model = fresh_model(config("micro_step"), self.group)
-        if self.group is not None:
+        self.model = fresh_model(config("micro_step"), self.topology)
+        if self.topology is not None:
             announce(self.model, cluster.size)
         self.optimizer = OPTIMIZERS[optimizer_name](parameter_groups(self.model, 0.1))
         self.engine = self._engine(cluster)
@@ -70,7 +70,7 @@ class Run:
         )[0]
 
     def _clip(self, *_):
-        clip(self.model, self.group)
+        clip(self.model, self.topology)
 
     def step(self, number):
         """Loss of the whole step."""
