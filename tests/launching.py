@@ -169,7 +169,9 @@ def launch(start, workspace):
 # ---- Gloo ranks without a launcher ----
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT, joined: bool = True
+) -> list[Any]:
     """
     Call `function(*args)` in processes that are joined by gloo, and return their results in the order of ranks.
 
@@ -182,6 +184,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         world_size: how many ranks.
         args: of the function.
         timeout: seconds until it is given up.
+        joined: whether the ranks have a process group; else the function makes it from the environment.
 
     Raises:
         AssertionError: if a rank raises, dies or hangs, with all tracebacks; no rank is left.
@@ -191,7 +194,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ranks, pipes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(function, args, rank, world_size, port, theirs), daemon=True)
+        process = context.Process(
+            target=_rank, args=(function, args, rank, world_size, port, theirs, joined), daemon=True
+        )
         process.start()
         theirs.close()
         ranks.append(process)
@@ -212,7 +217,13 @@ def _forkserver() -> Any:
 
 
 def _rank(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, pipe: Connection
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    pipe: Connection,
+    joined: bool,
 ) -> None:
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in here.items()}
@@ -221,9 +232,11 @@ def _rank(
     torch.set_num_threads(1)
     buffer = io.BytesIO()
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT / 2))
+        if joined:
+            dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT / 2))
         torch.save((True, function(*args)), buffer)
-        dist.barrier()  # nobody leaves while another still talks to it
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while another still talks to it
     except BaseException:
         buffer = io.BytesIO()
         torch.save((False, f"rank {rank}: {traceback.format_exc()}"), buffer)

@@ -35,11 +35,6 @@ def launch(arguments, stop_after):
     prepare_process(use_deepspeed=run.deepspeed is not None)
     from modmoe.training import pretraining
 
-    if run.deepspeed is not None:
-        import deepspeed
-
-        deepspeed.init_distributed()
-
     part = Part([])
 
     class Recording(pretraining.ModMoETrainer):
@@ -76,11 +71,11 @@ def stage(number):
 
 def check_moved_run(directory, *common):
     """One process, two of them with other experts each, and one again: as if nothing had happened."""
-    straight = run_ranks(launch, 1, [*options(directory, "straight", 2, None), *common], None)
+    straight = run_ranks(launch, 1, [*options(directory, "straight", 2, None), *common], None, joined=False)
     moved = [
-        run_ranks(launch, 1, [*options(directory, "moved", 2, stage(1)), *common], 2),
-        run_ranks(launch, 2, [*options(directory, "moved", 1, stage(3), size=2), *common], 4),
-        run_ranks(launch, 1, [*options(directory, "moved", 2, None), *common], None),
+        run_ranks(launch, 1, [*options(directory, "moved", 2, stage(1)), *common], 2, joined=False),
+        run_ranks(launch, 2, [*options(directory, "moved", 1, stage(3), size=2), *common], 4, joined=False),
+        run_ranks(launch, 1, [*options(directory, "moved", 2, None), *common], None, joined=False),
     ]
     assert [[p.error for p in parts] for parts in moved] == [[None], [None, None], [None]]
     blocks = steps_of(straight)
