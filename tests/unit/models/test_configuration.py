@@ -56,6 +56,8 @@ PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"
         ({"attention_dropout": 0.1}, r"attention_dropout=0.1 needs attention_type='softmax'"),
         ({"hidden_act": "swoosh"}, r"hidden_act='swoosh' is not an activation.*silu"),
         ({"attention_type": "softmax", "head_dim": 7}, r"head_dim=7 must be even"),
+        ({"position_embedding": "learned"}, r"position_embedding='learned' needs attention_type='softmax'"),
+        ({"unit_gates": True, "norm_topk_prob": True}, r"unit_gates=True contradicts norm_topk_prob=True"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
