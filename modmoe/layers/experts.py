@@ -91,9 +91,11 @@ class _FFN(nn.Module):
         One expert after another: what `experts_implementation="eager"` runs, and what the others must equal. Without
         choices (a dense layer) every token goes through expert 0.
         """
-        stacked = [getattr(self, name) for name in (self.up_name, self.bias_name, "down_proj", "down_proj_bias")]
+        names = (self.up_name, self.bias_name, "down_proj", "down_proj_bias")
+        stacked: list[Any] = [getattr(self, name) for name in names]
         if top_k_index is None or top_k_weights is None:
-            return self._transform(hidden_states, *(None if w is None else w.squeeze(0) for w in stacked))
+            own: list[Any] = [None if w is None else w.squeeze(0) for w in stacked]
+            return self._transform(hidden_states, *own)
         output = torch.zeros_like(hidden_states)
         experts = zip(*(repeat(None) if w is None else w.unbind() for w in stacked), strict=False)
         for expert, weights in enumerate(experts):

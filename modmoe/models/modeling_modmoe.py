@@ -164,9 +164,9 @@ class ModMoEMLP(nn.Module):
         dense, pool = (GatedFFN, GatedExperts) if config.gated_ffn else (PlainFFN, PlainExperts)
         self.config = config
         self.gate = _router(config, num_experts, top_k)
-        self.experts = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
-        # transformers' contract has it as a fact of the class.
-        self.experts.has_bias = config.ffn_bias
+        experts: Any = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
+        experts.has_bias = config.ffn_bias  # transformers' contract has it as a fact of the class
+        self.experts = experts
         self.shared_expert = None
         if config.num_shared_experts:
             self.shared_expert = dense(config, 1, config.num_shared_experts * config.intermediate_size)

@@ -16,7 +16,7 @@ PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"
     ("fields", "message"),
     [
         ({"num_attn_expert": 8}, r"unknown field num_attn_expert=8.*did you mean num_attn_experts"),
-        ({"frobnicate": 1}, r"unknown field frobnicate=1.*known fields: .*num_experts"),
+        ({"xyzzy": 1}, r"unknown field xyzzy=1.*known fields: .*num_experts"),
         (
             {"num_experts": 2, "num_experts_per_tok": 3},
             r"num_experts_per_tok=3 in layer 0 must be between 1 and num_exp",
