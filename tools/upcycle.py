@@ -12,11 +12,9 @@ cheaper and approximate. "copy" repeats each network: the model is larger, and e
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from huggingface_hub.errors import StrictDataclassError
-
-from modmoe.surgery.upcycle import upcycle
+from modmoe.surgery.upcycle import RouterStart, upcycle
 from modmoe.surgery.upcycle_ffn import METHODS
 from modmoe.training.yaml_config import load_yaml
 
@@ -33,7 +31,7 @@ def main() -> int:
             router=arguments.router,
             seed=arguments.seed,
         )
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(sentence)
@@ -51,9 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reinit", type=float, default=0.0, metavar="SHARE", help="of each copy's neurons, drawn anew"
     )
-    parser.add_argument(
-        "--router", choices=("centroid", "random"), help="its start; centroids for clusters by default"
-    )
+    parser.add_argument("--router", choices=get_args(RouterStart), help="its start; centroids for clusters by default")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -3,15 +3,17 @@
 Attention stays what it was. Every FFN becomes a pool of experts, see `modmoe.surgery.upcycle_ffn`.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -137,8 +139,10 @@ def open_dense(source: Path) -> DenseModel:
             f"{source} holds pickled weights ({pickles[0]}), which can run code when read: save the model as "
             "safetensors, which save_pretrained of transformers does"
         )
-    theirs = AutoConfig.from_pretrained(source)
-    config, saved = config_from_dense(theirs), SavedWeights(source)
+    with _plain_errors():
+        theirs = AutoConfig.from_pretrained(source)
+        config = config_from_dense(theirs)
+    saved = SavedWeights(source)
     return DenseModel(config, NativeWeights(theirs.model_type, config, saved), saved)
 
 
@@ -171,8 +175,11 @@ def upcycled_config(
                 f"{name}={value!r} contradicts the dense model and method={method!r}, from which {forced[name]!r} "
                 "follows: leave it out"
             )
-    config = ModMoEConfig.from_dict(forced | {"router_type": "linear"} | dict(fields))
+    with _plain_errors():
+        config = ModMoEConfig.from_dict(forced | {"router_type": "linear"} | dict(fields))
     config.architectures = [ModMoEForCausalLM.__name__]
+    if router not in get_args(RouterStart):
+        raise ValueError(f"router={router!r} must be {' or '.join(get_args(RouterStart))}")
     if router == "centroid" and method == "copy":
         raise ValueError("router='centroid' needs method='cluster': copies have no centroids to tell them apart")
     if router == "centroid" and config.router_type != "linear":
@@ -180,6 +187,15 @@ def upcycled_config(
             f"router_type={config.router_type!r} cannot start from centroids: set it to 'linear', or router='random'"
         )
     return config
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Strict configs wrap what is wrong with a field into errors of their own."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
 
 
 def _cluster_size(intermediate_size: int, num_experts: int | list[int]) -> int:
