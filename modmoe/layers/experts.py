@@ -4,6 +4,7 @@ Letters: N tokens, E experts, K experts per token, H hidden size, I intermediate
 of one attention expert. Expert weights are stacked as (E, out, in).
 """
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class _FFN(nn.Module):
         self.act_fn = ACT2FN[_FUSED.get(config.hidden_act, config.hidden_act)]
         self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, up_size, config.hidden_size)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, intermediate_size))
+        self.bias_name = f"{self.up_name}_bias"
+        for name, size in ((self.bias_name, up_size), ("down_proj_bias", config.hidden_size)):
+            self.register_parameter(name, nn.Parameter(torch.empty(num_experts, size)) if config.ffn_bias else None)
 
     def activate(self, up: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -87,18 +91,28 @@ class _FFN(nn.Module):
         One expert after another: what `experts_implementation="eager"` runs, and what the others must equal. Without
         choices (a dense layer) every token goes through expert 0.
         """
-        up_proj = getattr(self, self.up_name)
+        names = (self.up_name, self.bias_name, "down_proj", "down_proj_bias")
+        stacked: list[Any] = [getattr(self, name) for name in names]
         if top_k_index is None or top_k_weights is None:
-            return self._transform(hidden_states, up_proj.squeeze(0), self.down_proj.squeeze(0))
+            own: list[Any] = [None if w is None else w.squeeze(0) for w in stacked]
+            return self._transform(hidden_states, *own)
         output = torch.zeros_like(hidden_states)
-        for expert, weights in enumerate(zip(up_proj.unbind(), self.down_proj.unbind(), strict=True)):
+        experts = zip(*(repeat(None) if w is None else w.unbind() for w in stacked), strict=False)
+        for expert, weights in enumerate(experts):
             token, slot = torch.where(top_k_index == expert)
             rows = self._transform(hidden_states[token], *weights) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, rows.to(output.dtype))
         return output
 
-    def _transform(self, rows: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.activate(F.linear(rows, up_proj)), down_proj)
+    def _transform(
+        self,
+        rows: torch.Tensor,
+        up_proj: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_proj: torch.Tensor,
+        down_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return F.linear(self.activate(F.linear(rows, up_proj, up_bias)), down_proj, down_bias)
 
 
 class GatedFFN(_FFN):

@@ -39,6 +39,7 @@ class Router(nn.Module):
         top_k: int,
         *,
         renormalize: bool = False,
+        unit_gates: bool = False,
         sample_top_k: int = 0,
         selection_bias: bool = False,
     ) -> None:
@@ -46,6 +47,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.renormalize = renormalize
+        self.unit_gates = unit_gates
         self.sample_top_k = sample_top_k
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         # Added to the probabilities for the choice only; moved by its own rule, never by a gradient.
@@ -73,7 +75,8 @@ class Router(nn.Module):
                 renormalize=self.renormalize,
                 sample_top_k=self.sample_top_k if self.training else 0,
             )
-        return RouterOutput(logits, routing.top_k_weights, routing.top_k_index)
+        gates = _unit_gates(logits, routing.top_k_index) if self.unit_gates else routing.top_k_weights
+        return RouterOutput(logits, gates, routing.top_k_index)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Keeps the selection bias in fp32: its steps are too small for a 16-bit number."""
@@ -85,6 +88,13 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}"
+
+
+def _unit_gates(logits: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+    """(N, E), (N, K) -> (N, K): exactly 1 with the gradient of the log probability; 0 for no expert."""
+    none = top_k_index == logits.shape[1]
+    chosen = logits.log_softmax(-1).gather(1, top_k_index.masked_fill(none, 0))
+    return (chosen - chosen.detach()).exp().masked_fill(none, 0.0)
 
 
 class _WideLinear(nn.Linear):

@@ -76,14 +76,22 @@ class ModMoEConfig(PreTrainedConfig):
         attend_current: whether stick-breaking attention includes the query's own position.
         is_causal: causal, or bidirectional (softmax only).
         attention_dropout: dropout on attention weights (softmax only).
+        query_bias: whether queries have a bias, shared by the attention experts of a layer.
         key_value_bias: whether the key and value projections have a bias.
-        rope_parameters: RoPE settings of transformers (softmax only).
-        max_position_embeddings: longest sequence seen in training. A hint for tools; limits nothing here.
+        attention_output_bias: whether attention's output has a bias, shared by the experts of a layer, without gate.
+        ffn_bias: whether both projections of every FFN expert have a bias.
+        qk_norm: whether queries and keys go through an RMSNorm over the width of a head, as in Qwen3.
+        position_embedding: "rope", or "learned" vectors added to the embedding, as in GPT-2 (softmax only).
+        rope_parameters: RoPE settings of transformers (softmax with "rope" only).
+        max_position_embeddings: longest sequence seen in training. A hint for tools; limits nothing here, except with
+            learned positions, of which there are as many.
         norm_type: "rmsnorm" or "layernorm".
         norm_eps: epsilon of every norm.
         router_type: "mlp" (ModuleFormer's default), "linear" or "gmm" (cosine times a learned temperature).
         router_hidden_size: inner width of "mlp" and "gmm" routers; unused by "linear".
         norm_topk_prob: whether the gates of the chosen experts are rescaled to sum to one. ModuleFormer does not.
+        unit_gates: whether chosen experts count in full: every gate is 1, with the gradient of its log probability. So
+            the parts of a dense layer add up to it (arXiv:2310.10908).
         sample_topk: in training, how many of the top-k are drawn at random instead of taken from the best.
         route_padding: whether tokens with `attention_mask == 0` are routed and counted, as in IBM's code.
         use_selection_bias: aux-loss-free balancing (arXiv:2408.15664): a bias per expert on the choice, not the gate.
@@ -139,7 +147,12 @@ class ModMoEConfig(PreTrainedConfig):
     attend_current: bool = True
     is_causal: bool = True
     attention_dropout: float | int = 0.0
+    query_bias: bool = False
     key_value_bias: bool = False
+    attention_output_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    position_embedding: Literal["rope", "learned"] = "rope"
     rope_parameters: RopeParameters | dict | None = None
     max_position_embeddings: int = 4096
     norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -147,6 +160,7 @@ class ModMoEConfig(PreTrainedConfig):
     router_type: Literal["mlp", "linear", "gmm"] = "mlp"
     router_hidden_size: int = 256
     norm_topk_prob: bool = False
+    unit_gates: bool = False
     sample_topk: int = 0
     route_padding: bool = False
     use_selection_bias: bool = False
@@ -245,7 +259,13 @@ class ModMoEConfig(PreTrainedConfig):
                 f"attention_dropout={self.attention_dropout} needs attention_type='softmax'; "
                 "stick-breaking attention has no dropout"
             )
-        if self.attention_type == "softmax" and self.head_dim % 2:
+        if self.unit_gates and self.norm_topk_prob:
+            raise ValueError("unit_gates=True contradicts norm_topk_prob=True: gates are all 1, or sum to 1")
+        if self.position_embedding == "learned" and self.attention_type != "softmax":
+            raise ValueError(
+                "position_embedding='learned' needs attention_type='softmax'; stick-breaking attention knows positions"
+            )
+        if self.attention_type == "softmax" and self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for attention_type='softmax' (RoPE)")
 
     def _validate_experts(self, count_name: str, top_k_name: str) -> None:

@@ -44,7 +44,7 @@ class AttentionInputs(NamedTuple):
     attention_mask: Any = None
     """`StickbreakingMask`, or what the chosen softmax implementation takes."""
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    """cos and sin of RoPE, softmax."""
+    """cos and sin of RoPE; None without."""
     arguments: dict[str, Any] = {}
     """Further keyword arguments of the attention function, softmax."""
 
@@ -63,7 +63,7 @@ def attention_inputs(
         attention_mask: (B, S), 0 for padding; softmax also takes a prepared 4-D mask.
         position_ids: (B, T) or (1, T).
         cache: of the tokens before these.
-        rotary_emb: RoPE, softmax.
+        rotary_emb: RoPE, softmax without learned positions.
 
     Raises:
         ValueError: inputs that contradict each other or the config.
@@ -75,10 +75,10 @@ def attention_inputs(
     if position_ids is not None and seen == 0:
         real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
         starts = document_starts(position_ids.expand(batch, -1), real)
-    if rotary_emb is None:
+    if config.attention_type == "stickbreaking":
         return AttentionInputs(StickbreakingMask(None if attention_mask is None else attention_mask.bool(), starts))
     if position_ids is None:
-        position_ids = (torch.arange(length, device=embeds.device) + seen)[None]
+        position_ids = next_positions(embeds, cache)
     arguments: dict[str, Any] = {"position_ids": position_ids}
     # Flash attention takes no matrix: it is told the lengths of documents.
     flash = "flash" in str(config._attn_implementation)
@@ -91,7 +91,14 @@ def attention_inputs(
     )
     if starts is not None and flash:
         arguments |= flash_documents(starts, mask)
-    return AttentionInputs(mask, rotary_emb(embeds, position_ids=position_ids), arguments)
+    embeddings = None if rotary_emb is None else rotary_emb(embeds, position_ids=position_ids)
+    return AttentionInputs(mask, embeddings, arguments)
+
+
+def next_positions(embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    """(1, T): positions that go on from the cache, for new tokens (B, T, H)."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
 
 
 def flash_documents(starts: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
@@ -138,6 +145,17 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(f"input_ids hold {wrong}, outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
+
+
+def check_positions(position_ids: torch.Tensor, count: int) -> None:
+    """Of learned positions, as `check_token_ids` of tokens."""
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    last = int(position_ids.max())
+    if last >= count:
+        raise ValueError(
+            f"position {last} lies beyond the {count} learned positions (max_position_embeddings): shorten the text"
+        )
 
 
 def check_context(

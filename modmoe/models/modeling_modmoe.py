@@ -30,7 +30,13 @@ from modmoe.layers.experts import AttentionExperts, ExpertLinear, GatedExperts, 
 from modmoe.layers.router import ROUTERS, Router, RouterOutput
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
 from modmoe.models.configuration_modmoe import ModMoEConfig
-from modmoe.models.context import AttentionInputs, attention_inputs, check_token_ids
+from modmoe.models.context import (
+    AttentionInputs,
+    attention_inputs,
+    check_positions,
+    check_token_ids,
+    next_positions,
+)
 from modmoe.models.loading import StrictPreTrainedModel
 from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
 
@@ -60,6 +66,7 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None
         num_experts,
         top_k,
         renormalize=config.norm_topk_prob,
+        unit_gates=config.unit_gates,
         sample_top_k=config.sample_topk,
         selection_bias=config.use_selection_bias,
     )
@@ -80,10 +87,15 @@ class ModMoEAttention(nn.Module):
         self.num_key_value_groups = self.top_k * self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.gate = _router(config, num_experts, self.top_k)
-        self.experts = AttentionExperts(config.hidden_size, num_experts, self.num_heads * self.head_dim)
+        query_size = self.num_heads * self.head_dim
+        self.experts = AttentionExperts(config.hidden_size, num_experts, query_size)
         kv_size = self.num_kv_heads * self.head_dim
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
+        self.q_bias = nn.Parameter(torch.empty(query_size)) if config.query_bias else None
+        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.attention_output_bias else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(
         self,
@@ -98,11 +110,16 @@ class ModMoEAttention(nn.Module):
         flat = hidden_states.flatten(0, 1)
         routing = None if self.gate is None else self.gate(flat, token_mask)
         plan = None if routing is None else self.experts.plan(routing.top_k_index)
-        queries = self._heads_first(self.experts.map(flat, plan, self.top_k), batch, length)
+        queries = self.experts.map(flat, plan, self.top_k)
+        if self.q_bias is not None:
+            queries = queries + self.q_bias
+        queries = self._heads_first(queries, batch, length)
         keys, values = (
             proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
             for proj in (self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         if inputs.position_embeddings is not None:
             queries, keys = apply_rotary_pos_emb(queries, keys, *inputs.position_embeddings)
         if past_key_values is not None:
@@ -122,6 +139,8 @@ class ModMoEAttention(nn.Module):
         )
         gates = None if routing is None else routing.top_k_weights
         output = self.experts.reduce(self._tokens_first(heads), plan, self.top_k, gates)
+        if self.o_bias is not None:
+            output = output + self.o_bias
         return output.view(batch, length, -1), weights, routing
 
     def _heads_first(self, queries: torch.Tensor, batch: int, length: int) -> torch.Tensor:
@@ -145,7 +164,9 @@ class ModMoEMLP(nn.Module):
         dense, pool = (GatedFFN, GatedExperts) if config.gated_ffn else (PlainFFN, PlainExperts)
         self.config = config
         self.gate = _router(config, num_experts, top_k)
-        self.experts = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
+        experts: Any = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
+        experts.has_bias = config.ffn_bias  # transformers' contract has it as a fact of the class
+        self.experts = experts
         self.shared_expert = None
         if config.num_shared_experts:
             self.shared_expert = dense(config, 1, config.num_shared_experts * config.intermediate_size)
@@ -277,9 +298,15 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
                 init.zeros_(module.selection_bias)
             if hasattr(module, "log_temperature"):
                 init.zeros_(module.log_temperature)
+        elif isinstance(module, ModMoEAttention):
+            for bias in module.parameters(recurse=False):
+                init.zeros_(bias)
         elif isinstance(module, ExpertLinear | GatedFFN | PlainFFN):
-            for weight in module.parameters(recurse=False):
-                init.normal_(weight, mean=0.0, std=std)
+            for name, weight in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(weight)
+                else:
+                    init.normal_(weight, mean=0.0, std=std)
 
     def routed_pools(self) -> list[tuple[Router, nn.Module]]:
         """Every router with its experts: FFN routers layer by layer, then attention routers."""
@@ -289,7 +316,7 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes through: all but embedding, output layer and unused experts."""
-        vocabulary = [self.get_input_embeddings(), self.get_output_embeddings()]
+        vocabulary = [self.get_input_embeddings(), self.get_output_embeddings(), self.base_model.embed_positions]
         total = sum(p.numel() for p in self.parameters())
         total -= sum(p.numel() for p in {m.weight for m in vocabulary if m is not None})
         for router, experts in self.routed_pools():
@@ -306,7 +333,9 @@ class ModMoEModel(ModMoEPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([ModMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = _norm(config)
-        self.rotary_emb = LlamaRotaryEmbedding(config) if config.attention_type == "softmax" else None
+        softmax, learned = config.attention_type == "softmax", config.position_embedding == "learned"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.rotary_emb = LlamaRotaryEmbedding(config) if softmax and not learned else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -345,6 +374,10 @@ class ModMoEModel(ModMoEPreTrainedModel):
             self.config, inputs_embeds, attention_mask, position_ids, given_cache, self.rotary_emb
         )
         token_mask = self.token_mask(attention_mask, inputs_embeds.shape[1])
+        if self.embed_positions is not None:
+            positions = next_positions(inputs_embeds, given_cache) if position_ids is None else position_ids
+            check_positions(positions, self.embed_positions.num_embeddings)
+            inputs_embeds = inputs_embeds + self.embed_positions(positions)
 
         hidden_states = inputs_embeds
         routing: list[LayerOutput] = []

@@ -177,7 +177,8 @@ def test_every_layout_of_experts(module, absent):
 def test_experts_of_this_package_know_the_id_for_none():
     from modmoe.layers.experts import GatedExperts, PlainExperts
 
-    config = transformers.PreTrainedConfig(experts_implementation="eager", hidden_act="gelu_new", hidden_size=16)
+    fields = {"hidden_act": "gelu_new", "hidden_size": 16, "ffn_bias": False}
+    config = transformers.PreTrainedConfig(experts_implementation="eager", **fields)
     index, gates = torch.tensor([[0, 2], [3, 3], [1, 3]]), torch.tensor([[0.4, 0.1], [0.0, 0.0], [0.7, 0.0]])
     for cls in (GatedExperts, PlainExperts):
         experts = cls(config, 3, 12)

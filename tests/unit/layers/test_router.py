@@ -35,6 +35,21 @@ def test_gates_are_probabilities_of_all_experts(kind):
     torch.testing.assert_close(renormalised.top_k_weights.sum(-1), torch.ones(40))
 
 
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_unit_gates_are_one_with_the_gradient_of_log_probabilities(kind):
+    router, x = make(kind, unit_gates=True), torch.randn(40, 16)
+    mask = torch.arange(40) != 3
+    out = router(x * 100, mask)
+    assert torch.equal(out.top_k_weights, mask[:, None].expand(40, 2).float())
+    factors = torch.randn(40, 2)
+    (ours,) = torch.autograd.grad((out.top_k_weights * factors).sum(), router.weight)
+    out = router(x * 100)
+    chosen = out.logits.log_softmax(-1).gather(1, out.top_k_index)
+    (expected,) = torch.autograd.grad((chosen * factors * mask[:, None]).sum(), router.weight)
+    assert expected.any()
+    torch.testing.assert_close(ours, expected)
+
+
 def test_selection_bias_changes_the_choice_and_not_the_gate():
     router, x = make("linear", selection_bias=True), torch.randn(40, 16)
     router.selection_bias[5] = 10.0

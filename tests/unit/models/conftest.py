@@ -31,6 +31,16 @@ VARIANTS = {
     "dense": {"num_experts": 1, "num_attn_experts": 1},
     "dense-attention": {"num_attn_experts": 1, "attention_type": "softmax"},
     "per-layer": {"num_experts": [3, 6], "num_attn_experts": [1, 4], "num_experts_per_tok": [1, 3]},
+    "biases": {"query_bias": True, "key_value_bias": True, "attention_output_bias": True, "ffn_bias": True},
+    "gpt2": {
+        "attention_type": "softmax",
+        "position_embedding": "learned",
+        "max_position_embeddings": 64,
+        "gated_ffn": False,
+        "ffn_bias": True,
+        "norm_type": "layernorm",
+    },
+    "qk-norm": {"qk_norm": True, "unit_gates": True},
     "tied": {"tie_word_embeddings": True},
     "selection-bias": {
         "use_selection_bias": True,

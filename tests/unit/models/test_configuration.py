@@ -16,7 +16,7 @@ PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"
     ("fields", "message"),
     [
         ({"num_attn_expert": 8}, r"unknown field num_attn_expert=8.*did you mean num_attn_experts"),
-        ({"frobnicate": 1}, r"unknown field frobnicate=1.*known fields: .*num_experts"),
+        ({"xyzzy": 1}, r"unknown field xyzzy=1.*known fields: .*num_experts"),
         (
             {"num_experts": 2, "num_experts_per_tok": 3},
             r"num_experts_per_tok=3 in layer 0 must be between 1 and num_exp",
@@ -56,6 +56,8 @@ PRESETS = sorted((Path(__file__).parents[3] / "configs" / "model").glob("*.yaml"
         ({"attention_dropout": 0.1}, r"attention_dropout=0.1 needs attention_type='softmax'"),
         ({"hidden_act": "swoosh"}, r"hidden_act='swoosh' is not an activation.*silu"),
         ({"attention_type": "softmax", "head_dim": 7}, r"head_dim=7 must be even"),
+        ({"position_embedding": "learned"}, r"position_embedding='learned' needs attention_type='softmax'"),
+        ({"unit_gates": True, "norm_topk_prob": True}, r"unit_gates=True contradicts norm_topk_prob=True"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modmoe.models.llama import config_from_llama, from_llama
+from modmoe.models.dense import from_dense
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 
@@ -40,7 +40,7 @@ def test_logits_and_cache_are_llamas(attn_implementation, tied, rope):
             initializer_range=0.2,
         )
     ).eval()
-    model = from_llama(llama)
+    model = from_dense(llama)
     model.set_attn_implementation(attn_implementation)
     ids = torch.randint(0, 97, (2, 24))
     mask = torch.ones_like(ids)
@@ -55,7 +55,7 @@ def test_logits_and_cache_are_llamas(attn_implementation, tied, rope):
 def test_gradients_are_llamas():
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, initializer_range=0.2))
-    model = from_llama(llama).train()
+    model = from_dense(llama).train()
     ids = torch.randint(0, 97, (2, 16))
     llama(ids, labels=ids).loss.backward()
     model(ids, labels=ids).loss.backward()
@@ -65,8 +65,3 @@ def test_gradients_are_llamas():
     gate, up = ours["model.layers.1.mlp.experts.gate_up_proj"][0].chunk(2)
     torch.testing.assert_close(gate, llama.model.layers[1].mlp.gate_proj.weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(up, llama.model.layers[1].mlp.up_proj.weight.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_biases_are_refused():
-    with pytest.raises(ValueError, match="attention_bias=True has no counterpart"):
-        config_from_llama(LlamaConfig(attention_bias=True))

@@ -314,3 +314,28 @@ def test_bad_inputs_are_named(ids):
         softmax(ids, attention_mask=torch.ones(3, 1))
     with pytest.raises(ValueError, match="attn_implementation='sdpa' computes softmax attention"):
         model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["modmoe", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_biases_of_experts_count_in_every_implementation(ids, implementation, gated):
+    model = build(ffn_bias=True, gated_ffn=gated).eval()
+    biases = [p for n, p in model.named_parameters() if n.endswith("_bias")]
+    assert len(biases) == 2 * TINY["num_hidden_layers"]
+    without = model(ids).logits
+    for bias in biases:
+        bias.normal_()
+    model.set_experts_implementation("eager")
+    expected = model(ids).logits
+    assert (expected - without).abs().max() > 0.1
+    model.set_experts_implementation(implementation)
+    torch.testing.assert_close(model(ids).logits, expected, **TOLERANCE)
+
+
+def test_learned_positions_end_where_their_table_does():
+    model = build(attention_type="softmax", position_embedding="learned", max_position_embeddings=8).eval()
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match="position 8 lies beyond the 8 learned positions"):
+        model(ids)
+    assert not torch.equal(*model(ids[:, :8]).logits[0, :2])
