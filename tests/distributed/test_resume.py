@@ -174,7 +174,7 @@ def test_optimizer_state_survives_a_change_of_cluster(tmp_path):
     state = ShardedState(tmp_path / f"{ring[1]} to {ring[2]}")
     kinds = {name.partition("/")[0] for name in state.specs}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
-    assert state.values["weight/lm_head.weight"] == {"lr": 1e-2, "step": float(STEPS)}
+    assert state.values["weight/lm_head.weight"] == {"lr": 1e-3, "step": float(STEPS)}
 
 
 CLUSTERS = [
