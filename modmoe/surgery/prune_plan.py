@@ -62,7 +62,10 @@ def plan_pruning(
     plan: dict[Place, list[int]] = {}
     for side in {side for _, side in scores}:
         pools = {place: s for place, s in scores.items() if place[1] == side}
-        plan |= _best_of_all(pools, sum(counts[place] for place in pools))
+        total = sum(counts[place] for place in pools)
+        if keep is not None:  # rounded once
+            total = _count(sum(map(len, pools.values())), keep, None)
+        plan |= _best_of_all(pools, total)
     return {place: plan[place] for place in scores}
 
 
