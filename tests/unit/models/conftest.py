@@ -31,6 +31,7 @@ VARIANTS = {
     "dense": {"num_experts": 1, "num_attn_experts": 1},
     "dense-attention": {"num_attn_experts": 1, "attention_type": "softmax"},
     "per-layer": {"num_experts": [3, 6], "num_attn_experts": [1, 4], "num_experts_per_tok": [1, 3]},
+    "pruned": {"num_pruned_experts": 2, "num_pruned_attn_experts": [0, 1]},
     "tied": {"tie_word_embeddings": True},
     "selection-bias": {
         "use_selection_bias": True,
