@@ -1,6 +1,7 @@
 """Routers: hidden states -> logits over the experts of a layer -> the chosen experts and their gates.
 
-Letters: N tokens, H hidden size, E experts, K experts per token, G router hidden size.
+Letters: N tokens, H hidden size, E experts, K experts per token, G router hidden size, R rows of `weight`: E, and
+those of pruned experts that stay in the softmax.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ class RouterOutput(NamedTuple):
     """What a router decided; plain tensors, so that nothing is kept on the module between calls."""
 
     logits: torch.Tensor
-    """(N, E) fp32: before the softmax."""
+    """(N, E) fp32: before the softmax. Those of pruned experts are left out: who cannot be chosen is neither balanced
+    nor counted."""
     top_k_weights: torch.Tensor
     """(N, K) fp32: gates of the chosen experts; 0 for tokens that are not routed."""
     top_k_index: torch.Tensor
@@ -27,7 +29,8 @@ class RouterOutput(NamedTuple):
 class Router(nn.Module):
     """
     Base of the router types. `weight` has one row per expert in all of them, so that adding or removing an expert
-    is adding or removing a row.
+    is adding or removing a row. A removed expert may leave its row behind: it then takes its share of the softmax, as
+    before, and is never chosen, so that the gates of the others are what they were.
 
     Scores are computed in fp32 whatever the model's dtype: a choice flips on differences that bf16 cannot hold.
     """
@@ -42,20 +45,26 @@ class Router(nn.Module):
         unit_gates: bool = False,
         sample_top_k: int = 0,
         selection_bias: bool = False,
+        num_pruned: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.num_pruned = num_pruned
         self.top_k = top_k
         self.renormalize = renormalize
         self.unit_gates = unit_gates
         self.sample_top_k = sample_top_k
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.weight = nn.Parameter(torch.empty(num_experts + num_pruned, width))
+        # (E,) ascending: the row of each expert, if other rows are those of pruned ones. Rows keep their places, for a
+        # softmax over the same numbers in another order is another one in the last bit.
+        self.expert_rows: torch.Tensor | None
+        self.register_buffer("expert_rows", torch.arange(num_experts) if num_pruned else None)
         # Added to the probabilities for the choice only; moved by its own rule, never by a gradient.
         self.selection_bias: torch.Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, H) in fp32 or wider -> logits (N, E) in the same dtype."""
+        """(N, H) in fp32 or wider -> logits (N, R) in the same dtype."""
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> RouterOutput:
@@ -71,12 +80,24 @@ class Router(nn.Module):
                 logits,
                 self.top_k,
                 token_mask=token_mask,
-                selection_bias=self.selection_bias,
+                selection_bias=self._row_bias(),
                 renormalize=self.renormalize,
                 sample_top_k=self.sample_top_k if self.training else 0,
             )
         gates = _unit_gates(logits, routing.top_k_index) if self.unit_gates else routing.top_k_weights
-        return RouterOutput(logits, gates, routing.top_k_index)
+        if self.expert_rows is None:
+            return RouterOutput(logits, gates, routing.top_k_index)
+        index = torch.searchsorted(self.expert_rows, routing.top_k_index)  # R, which means none, becomes E
+        return RouterOutput(logits.index_select(1, self.expert_rows), gates, index)
+
+    def _row_bias(self) -> torch.Tensor | None:
+        """(R,): the selection bias, and -inf for the rows of pruned experts."""
+        if self.expert_rows is None:
+            return self.selection_bias
+        bias = self.selection_bias
+        if bias is None:
+            bias = torch.zeros(self.num_experts, device=self.expert_rows.device)
+        return bias.new_full((self.num_experts + self.num_pruned,), -torch.inf).index_copy(0, self.expert_rows, bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Keeps the selection bias in fp32: its steps are too small for a 16-bit number."""
@@ -87,7 +108,8 @@ class Router(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, top_k={self.top_k}"
+        pruned = f", num_pruned={self.num_pruned}" if self.num_pruned else ""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}{pruned}"
 
 
 def _unit_gates(logits: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,9 @@ class ModMoEConfig(PreTrainedConfig):
         intermediate_size: inner width of *one* FFN expert (I).
         num_experts: FFN experts of a layer, or a list with one count per layer. 1 is a dense FFN.
         num_experts_per_tok: FFN experts that a token uses (top-k), or a list per layer.
+        num_pruned_attn_experts: attention experts that are gone but whose rows stay in the router, where they count in
+            the softmax and are never chosen; or a list per layer.
+        num_pruned_experts: the same for FFN experts.
         num_shared_experts: FFN experts every token passes through, without a router.
         gated_ffn: `act(gate) * up` (SwiGLU and its kin) if true, else a plain two-layer FFN (MoLM).
         hidden_act: activation of the FFN, a name of `transformers.activations.ACT2FN`.
@@ -140,6 +143,8 @@ class ModMoEConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_experts: int | list[int] = 32
     num_experts_per_tok: int | list[int] = 2
+    num_pruned_attn_experts: int | list[int] = 0
+    num_pruned_experts: int | list[int] = 0
     num_shared_experts: int = 0
     gated_ffn: bool = True
     hidden_act: str = "silu"
@@ -248,7 +253,7 @@ class ModMoEConfig(PreTrainedConfig):
                 f"hidden_act={self.hidden_act!r} is not an activation of transformers: {', '.join(sorted(ACT2FN))}"
             )
         for side in ("attn_experts", "experts"):
-            self._validate_experts(f"num_{side}", f"num_{side}_per_tok")
+            self._validate_experts(f"num_{side}", f"num_{side}_per_tok", f"num_pruned_{side}")
         if self.attention_type == "stickbreaking" and not self.is_causal:
             raise ValueError(
                 "is_causal=False contradicts attention_type='stickbreaking', which is causal by definition: "
@@ -268,8 +273,8 @@ class ModMoEConfig(PreTrainedConfig):
         if self.attention_type == "softmax" and self.position_embedding == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for attention_type='softmax' (RoPE)")
 
-    def _validate_experts(self, count_name: str, top_k_name: str) -> None:
-        for name in (count_name, top_k_name):
+    def _validate_experts(self, count_name: str, top_k_name: str, pruned_name: str) -> None:
+        for name in (count_name, top_k_name, pruned_name):
             value = getattr(self, name)
             if isinstance(value, list) and len(value) != self.num_hidden_layers:
                 raise ValueError(
@@ -280,11 +285,15 @@ class ModMoEConfig(PreTrainedConfig):
             count, top_k = self._at(count_name, layer), self._at(top_k_name, layer)
             if count < 1:
                 raise ValueError(f"{count_name}={count} in layer {layer} must be at least 1 (1 is a dense layer)")
+            if self._at(pruned_name, layer) < 0:
+                raise ValueError(f"{pruned_name}={self._at(pruned_name, layer)} in layer {layer} must be at least 0")
             if count > 1 and not 1 <= top_k <= count:
                 raise ValueError(f"{top_k_name}={top_k} in layer {layer} must be between 1 and {count_name}={count}")
-            if count > 1 and not 0 <= self.sample_topk <= top_k:
+            routed = count + self._at(pruned_name, layer) > 1
+            if routed and not 0 <= self.sample_topk <= min(top_k, count):
                 raise ValueError(
-                    f"sample_topk={self.sample_topk} must be between 0 and {top_k_name}={top_k} (layer {layer})"
+                    f"sample_topk={self.sample_topk} must be between 0 and {top_k_name}={top_k}, with {count_name}="
+                    f"{count} (layer {layer})"
                 )
 
     def _at(self, name: str, layer: int) -> int:
@@ -292,14 +301,24 @@ class ModMoEConfig(PreTrainedConfig):
         return value[layer] if isinstance(value, list) else value
 
     def attn_experts_at(self, layer: int) -> tuple[int, int]:
-        """Attention experts of a layer and its top-k; (1, 1) for a dense layer."""
+        """Attention experts of a layer and its top-k; (1, 1) for a single one."""
         count = self._at("num_attn_experts", layer)
         return count, 1 if count == 1 else self._at("num_attn_experts_per_tok", layer)
 
     def experts_at(self, layer: int) -> tuple[int, int]:
-        """FFN experts of a layer and its top-k; (1, 1) for a dense layer."""
+        """FFN experts of a layer and its top-k; (1, 1) for a single one."""
         count = self._at("num_experts", layer)
         return count, 1 if count == 1 else self._at("num_experts_per_tok", layer)
+
+    def attn_router_rows_at(self, layer: int) -> int:
+        """Rows of a layer's attention router: its experts and the pruned ones; 0 for a dense layer, which has none."""
+        rows = self._at("num_attn_experts", layer) + self._at("num_pruned_attn_experts", layer)
+        return 0 if rows == 1 else rows
+
+    def router_rows_at(self, layer: int) -> int:
+        """Rows of a layer's FFN router, as `attn_router_rows_at`."""
+        rows = self._at("num_experts", layer) + self._at("num_pruned_experts", layer)
+        return 0 if rows == 1 else rows
 
 
 __all__ = ["ModMoEConfig"]

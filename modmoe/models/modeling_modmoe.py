@@ -56,9 +56,9 @@ def _norm(config: ModMoEConfig) -> nn.Module:
     return cls(config.hidden_size, eps=config.norm_eps)
 
 
-def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None:
+def _router(config: ModMoEConfig, num_experts: int, top_k: int, num_rows: int) -> Router | None:
     """None for a dense layer."""
-    if num_experts == 1:
+    if num_rows == 0:
         return None
     return ROUTERS[config.router_type](
         config.hidden_size,
@@ -69,6 +69,7 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int) -> Router | None
         unit_gates=config.unit_gates,
         sample_top_k=config.sample_topk,
         selection_bias=config.use_selection_bias,
+        num_pruned=num_rows - num_experts,
     )
 
 
@@ -86,7 +87,7 @@ class ModMoEAttention(nn.Module):
         num_experts, self.top_k = config.attn_experts_at(layer_idx)
         self.num_key_value_groups = self.top_k * self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
-        self.gate = _router(config, num_experts, self.top_k)
+        self.gate = _router(config, num_experts, self.top_k, config.attn_router_rows_at(layer_idx))
         query_size = self.num_heads * self.head_dim
         self.experts = AttentionExperts(config.hidden_size, num_experts, query_size)
         kv_size = self.num_kv_heads * self.head_dim
@@ -163,7 +164,7 @@ class ModMoEMLP(nn.Module):
         num_experts, top_k = config.experts_at(layer_idx)
         dense, pool = (GatedFFN, GatedExperts) if config.gated_ffn else (PlainFFN, PlainExperts)
         self.config = config
-        self.gate = _router(config, num_experts, top_k)
+        self.gate = _router(config, num_experts, top_k, config.router_rows_at(layer_idx))
         experts: Any = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
         experts.has_bias = config.ffn_bias  # transformers' contract has it as a fact of the class
         self.experts = experts
@@ -237,7 +238,8 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["self_attn.gate", "mlp.gate"]
+    # Of a router everything but `expert_rows`, which are integers.
+    _keep_in_fp32_modules_strict = ["gate.weight", "gate.in_proj", "gate.log_temperature", "gate.selection_bias"]
     _can_record_outputs = {
         "hidden_states": ModMoEDecoderLayer,
         "attentions": OutputRecorder(ModMoEAttention, index=1),
@@ -296,6 +298,8 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.selection_bias is not None:
                 init.zeros_(module.selection_bias)
+            if module.expert_rows is not None:
+                init.copy_(module.expert_rows, torch.arange(module.num_experts))
             if hasattr(module, "log_temperature"):
                 init.zeros_(module.log_temperature)
         elif isinstance(module, ModMoEAttention):

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+# Weights are used where the file is mapped, and a matrix times a vector can differ in the last bit with the address.
+_ALIGNMENT = 64
 
 _CODES = {
     torch.float64: "F64",
@@ -249,7 +251,11 @@ def weight_files(directory: Path) -> list[Path]:
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged: it names no weight files") from None
     if not (directory / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        found = f", only pickled weights ({pickles[0]}), which can run code when read" if pickles else ""
+        raise FileNotFoundError(
+            f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{found}: save the model as safetensors"
+        )
     return [directory / WEIGHTS]
 
 
@@ -262,12 +268,12 @@ def open_safetensors(path: Path) -> Any:
         ValueError: if it is damaged or truncated.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is missing: copy or save the checkpoint again")
     try:
         # The handle maps the file and closes with its last reference.
         return safe_open(path, framework="pt").__enter__()
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        raise ValueError(f"{path} is damaged or truncated ({error}): copy or save the checkpoint again") from None
 
 
 def spec_of(file: Any, name: str) -> TensorSpec:
@@ -280,8 +286,9 @@ def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> tuple[byt
     """The bytes before the data, and where in the data each tensor begins."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     offsets, end = {}, 0
-    # Wide elements first, so that all lie at multiples of their size.
-    for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+    # Tensors that fill whole units first, which keeps them aligned; then wide elements before narrow ones, so that all
+    # lie at multiples of their size.
+    for name in sorted(specs, key=lambda name: (specs[name].nbytes % _ALIGNMENT != 0, -specs[name].dtype.itemsize)):
         spec = specs[name]
         if spec.dtype not in _CODES:
             raise ValueError(f"{name}: safetensors cannot hold {spec.dtype}, only {', '.join(map(str, _CODES))}")
@@ -292,7 +299,7 @@ def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> tuple[byt
             "data_offsets": [offsets[name], end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, offsets
 
 

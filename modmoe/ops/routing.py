@@ -56,7 +56,8 @@ def route(
         logits: (N, E), any floating dtype; float64 stays float64.
         top_k: number of experts per token, 1 to E.
         token_mask: (N,) bool; False tokens get gate 0 and expert id E, and so take no slot anywhere.
-        selection_bias: (E,), added to the probabilities for the choice only (arXiv:2408.15664).
+        selection_bias: (E,), added to the probabilities for the choice only (arXiv:2408.15664). An expert with -inf is
+            never chosen; at least `top_k` must be finite.
         renormalize: divide the gates of a token by their sum.
         sample_top_k: of the `top_k`, how many are drawn at random, without replacement, with weights p + 1e-6; the
             others are the best ones (ModuleFormer `sample_topk`, for training).
@@ -97,7 +98,7 @@ def _choose(
     best = scores.topk(top_k - sample_top_k, dim=-1).indices
     if not sample_top_k:
         return best
-    chances = (probs + 1e-6).scatter(1, best, 0.0)
+    chances = (probs + 1e-6).masked_fill(scores.isneginf(), 0.0).scatter(1, best, 0.0)
     drawn = torch.multinomial(chances, sample_top_k, generator=generator)
     return torch.cat([best, drawn], dim=-1)
 

@@ -15,8 +15,8 @@ def routed_layers(config: ModMoEConfig) -> dict[str, list[int]]:
     """Side -> layers that have a router there, in the order of the model's outputs."""
     layers = range(config.num_hidden_layers)
     return {
-        "attn": [layer for layer in layers if config.attn_experts_at(layer)[0] > 1],
-        "ffn": [layer for layer in layers if config.experts_at(layer)[0] > 1],
+        "attn": [layer for layer in layers if config.attn_router_rows_at(layer)],
+        "ffn": [layer for layer in layers if config.router_rows_at(layer)],
     }
 
 

@@ -20,6 +20,15 @@ def test_route(size: tuple[int, int, int], biased: bool, renormalize: bool, emul
         check_route(logits, top_k, bias=torch.randn(num_experts) if biased else None, renormalize=renormalize)
 
 
+def test_rows_with_a_bias_of_minus_infinity_are_never_chosen(emulator: Emulator) -> None:
+    logits = torch.randn(6, 40) * 3
+    bias = torch.full((40,), -torch.inf)
+    bias[[3, 7, 31, 39]] = torch.tensor([0.0, -0.5, 0.2, 0.0])
+    with emulator.running():
+        _, ids = check_route(logits, 4, bias=bias)
+    assert ids.sort(-1).values.tolist() == [[3, 7, 31, 39]] * 6
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_route_dtypes(dtype: torch.dtype, emulator: Emulator) -> None:
     with emulator.running():

@@ -70,3 +70,30 @@ def test_gmm_is_bounded_by_its_temperature():
     out = make("gmm")(100 * torch.randn(40, 16))
     router = make("gmm")
     assert out.logits.abs().max() <= router.log_temperature.exp().item() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("sampled", [0, 1, 2])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_rows_of_pruned_experts_count_in_the_softmax_and_are_never_chosen(kind, biased, sampled):
+    options = {"renormalize": False, "selection_bias": biased}
+    whole = make(kind, **options)
+    torch.manual_seed(0)
+    router = ROUTERS[kind](16, 12, 4, 2, num_pruned=2, sample_top_k=sampled, **options)
+    state = whole.state_dict() | {"expert_rows": torch.tensor([0, 2, 3, 5])}
+    if biased:
+        state["selection_bias"] = torch.tensor([0.0, 0.3, 0.0, 0.1])
+    router.load_state_dict(state)
+    x, mask = torch.randn(40, 16), torch.arange(40) % 7 != 0
+    full, out = whole(x), router(x, mask)
+    probs = full.logits.softmax(-1)[:, [0, 2, 3, 5]]
+    assert torch.equal(out.logits, full.logits[:, [0, 2, 3, 5]])
+    assert (out.top_k_index[~mask] == 4).all()
+    assert (out.top_k_index[mask] < 4).all()
+    assert torch.equal(out.top_k_weights[mask], probs[mask].gather(1, out.top_k_index[mask]))
+    assert all(len(set(pair)) == 2 for pair in out.top_k_index[mask].tolist())
+    if not sampled:
+        best = (probs + state["selection_bias"] if biased else probs).topk(2).indices
+        assert torch.equal(out.top_k_index[mask], best[mask])
+    out.top_k_weights.sum().backward()
+    assert router.weight.grad.abs().sum(1).gt(0).all()

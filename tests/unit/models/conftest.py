@@ -41,6 +41,7 @@ VARIANTS = {
         "norm_type": "layernorm",
     },
     "qk-norm": {"qk_norm": True, "unit_gates": True},
+    "pruned": {"num_pruned_experts": 2, "num_pruned_attn_experts": [0, 1]},
     "tied": {"tie_word_embeddings": True},
     "selection-bias": {
         "use_selection_bias": True,

@@ -57,6 +57,20 @@ def test_a_slice_of_another_layout_is_written_in_its_own_order(tmp_path):
     assert load_file(tmp_path / "f")["t"].equal(tensor)
 
 
+def test_tensors_begin_where_vector_units_like_it(tmp_path):
+    """All that fill whole units of 64 bytes, whatever odd ones are in the file."""
+    specs = {"odd": TensorSpec(torch.int64, (3,)), "a": TensorSpec(torch.bfloat16, (32,)), "rest": SPECS["weight"]}
+    specs |= {"b": TensorSpec(torch.float32, (4, 16)), "byte": TensorSpec(torch.uint8, (1,))}
+    with SafetensorsWriter(tmp_path / "f", specs) as writer:
+        for name, spec in specs.items():
+            writer.write(name, torch.zeros(spec.shape, dtype=spec.dtype))
+    content = (tmp_path / "f").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    assert all((8 + size + header[name]["data_offsets"][0]) % 64 == 0 for name in ("a", "b"))
+    assert load_file(tmp_path / "f").keys() == specs.keys()
+
+
 @pytest.mark.parametrize(
     ("piece", "expected"),
     [

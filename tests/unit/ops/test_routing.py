@@ -73,6 +73,16 @@ def test_sampling_keeps_the_best_and_draws_the_rest() -> None:
     assert not torch.equal(index, route(logits, 3).top_k_index)
 
 
+@pytest.mark.parametrize("sampled", [0, 1, 3])
+def test_a_bias_of_minus_infinity_is_never_chosen(sampled: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([5.0, 0.0, -50.0, -60.0, -70.0]).repeat(200, 1)
+    bias = torch.tensor([-math.inf, 0.0, 0.0, 0.0, -math.inf])
+    weights, index = route(logits, 3, selection_bias=bias, sample_top_k=sampled)
+    assert torch.equal(index.sort(-1).values, torch.tensor([1, 2, 3]).expand(200, 3))
+    assert torch.equal(weights, logits.softmax(-1).gather(1, index))
+
+
 def test_sampling_follows_the_probabilities() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, 4)
     _, index = route(logits, 2, sample_top_k=1, generator=torch.Generator().manual_seed(0))

@@ -59,6 +59,8 @@ def test_dense_models_have_no_figures():
 def test_layers_without_router_are_left_out():
     config = ModMoEConfig(num_hidden_layers=3, num_experts=[4, 1, 4], num_attn_experts=1)
     assert routed_layers(config) == {"attn": [], "ffn": [0, 2]}
+    config.num_pruned_experts = [0, 3, 0]  # a single expert, whose gate is its share of the softmax
+    assert routed_layers(config) == {"attn": [], "ffn": [0, 1, 2]}
 
 
 def test_the_load_of_the_busiest_rank():
