@@ -4,6 +4,7 @@ All of it goes through a key-value store that rank 0 holds, which needs no proce
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from modmoe.training.bootstrap import world_size
 from modmoe.training.errors import RunError, SharedError
 from modmoe.training.lines import Hub, Line
 
+_JOINS = itertools.count()  # keys of an earlier run in these processes must not answer for this one's
 _PREPARATION_SECONDS = 4 * 3600  # what rank 0 may take to tokenise while the others wait
 
 
@@ -124,7 +127,7 @@ class Team:
 
 def join(join_seconds: float, collective_seconds: float) -> Team:
     """
-    Meet the other ranks and make the process group.
+    Meet the other ranks and make the process group, unless the caller has made one.
 
     Args:
         join_seconds: how long to wait for them.
@@ -138,7 +141,11 @@ def join(join_seconds: float, collective_seconds: float) -> Team:
     if size == 1:
         return Team(0, 1, None)
     rank = int(os.environ["RANK"])
-    store = _store(rank, join_seconds)
+    made = dist.is_initialized()
+    store = dist.PrefixStore(
+        f"modmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_JOINS)}",
+        _get_default_store() if made else _store(rank, join_seconds),
+    )
     team = Team(rank, size, store)
     mine = [socket.gethostname(), os.getpid()]
     try:
@@ -150,21 +157,25 @@ def join(join_seconds: float, collective_seconds: float) -> Team:
     hub = Hub(size) if rank == 0 else None
     address = team.gather("lines", hub and hub.address, join_seconds)[0]
     team.line = hub or Line(rank, os.environ["MASTER_ADDR"], address)
+    if not made:
+        _make_process_group(team, store, collective_seconds)
+    return team
+
+
+def _make_process_group(team: Team, store: dist.Store, collective_seconds: float) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=collective_seconds)
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout
-    )
-    return team
+    store = dist.PrefixStore("collectives", store)
+    dist.init_process_group(backend, store=store, rank=team.rank, world_size=team.size, timeout=timeout)
 
 
 def _store(rank: int, seconds: float) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
     try:
-        store = dist.TCPStore(
+        return dist.TCPStore(
             host,
             port,
             world_size(),
@@ -183,7 +194,6 @@ def _store(rank: int, seconds: float) -> dist.Store:
                 "MASTER_ADDR, that rank 0 has started there, and firewalls between the machines"
             )
         raise RunError(f"port {port} of {host} {reason}") from error
-    return dist.PrefixStore(f"modmoe/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -72,7 +72,7 @@ def small_disk(directory, size):
 
 
 @pytest.mark.parametrize(
-    ("size", "place"), [("4k", "metrics.jsonl"), ("500k", "checkpoint-"), ("1500k", "checkpoint-"), ("2200k", "final")]
+    ("size", "place"), [("8k", "metrics.jsonl"), ("500k", "checkpoint-"), ("1500k", "checkpoint-"), ("2200k", "final")]
 )
 def test_a_full_disk(launch, tmp_path, size, place):
     options = ["--deepspeed", "null", "--logging.tensorboard", "false"]
