@@ -416,8 +416,8 @@ def _at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
-class _WithRouterLosses(ModMoEPreTrainedModel):
-    """What the two heads share: losses and statistics of the routers of `self.model`."""
+class WithRouterLosses(ModMoEPreTrainedModel):
+    """What heads share: losses and statistics of the routers of `self.model`."""
 
     model: ModMoEModel
 
@@ -535,7 +535,7 @@ class _WithRouterLosses(ModMoEPreTrainedModel):
             router.selection_bias += self.config.selection_bias_update_rate * (load.mean() - load).sign()
 
 
-class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
+class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
     """The model with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -613,7 +613,7 @@ class ModMoEForCausalLM(_WithRouterLosses, GenerationMixin):
         return result
 
 
-class ModMoEForSequenceClassification(_WithRouterLosses):
+class ModMoEForSequenceClassification(WithRouterLosses):
     """The model with a linear classifier on the last token that is not padding."""
 
     # The loss is a mean over this batch; the Trainer divides it by the accumulation steps.

@@ -21,6 +21,7 @@ ALLOWED = {
     # "" is the package itself, whose import registers the model types.
     "parallel": {"utils", "ops", "layers", "models"},
     "surgery": {"utils", "ops", "layers", "losses", "models", "data", ""},
+    "distill": {"utils", "ops", "layers", "losses", "models", "surgery", ""},
     "training": {"utils", "ops", "layers", "losses", "models", "data", "parallel", ""},
 }
 # Third-party packages that rooms are held to; rooms that are not named are free.

@@ -1,0 +1,238 @@
+"""The meta model: a shallow stand-in for the teacher, in which modules of teacher and student are compared.
+
+It has the teacher's width, embeddings and head, and few blocks of the teacher's own class for each stage. Module i of
+teacher or student then runs as meta[<i] -> module -> meta[>i]. For an ordinary teacher that makes sense only if the
+meta model speaks the teacher's language at the boundaries: by default it is fitted to the teacher's hidden states
+there and to its logits. The alternative is that of Deep Incubation (arXiv:2212.04129): the meta model is pretrained
+end to end (`MetaFit` without a teacher and alpha = 0), and every teacher stage is then trained inside it
+(`Incubation`).
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modmoe.distill.frame import Batch, Frame, new_block
+from modmoe.distill.frozen import Frozen
+from modmoe.distill.objective import IGNORE_INDEX, Objective, next_token_targets, real_tokens
+from modmoe.distill.seeds import stage_random_state
+from modmoe.distill.signals import TeacherSignals
+from modmoe.distill.stages import CutModel, Stage
+
+Targets = Callable[[Mapping[str, Any]], torch.Tensor]
+
+FIT = Objective(alpha=1.0, hidden_weight=1.0)
+"""Boundaries and logits of the teacher."""
+PRETRAIN = Objective(alpha=0.0)
+"""Labels alone."""
+
+
+def build_meta(
+    teacher: CutModel, layers_per_stage: int = 1, initialize: Literal["copy", "fresh"] = "copy", seed: int = 0
+) -> CutModel:
+    """
+    A meta model for a teacher, with frame shared and blocks of its own.
+
+    Args:
+        teacher: cut into stages.
+        layers_per_stage: blocks that stand for each stage.
+        initialize: "copy" takes evenly spaced blocks of the stage (arXiv:1910.01108), "fresh" random weights.
+        seed: of random weights; a stage's depend on it and on the stage alone.
+
+    Raises:
+        ValueError: if a stage has fewer blocks than `layers_per_stage`, or for an unknown initialisation.
+    """
+    if initialize not in ("copy", "fresh"):
+        raise ValueError(f"initialize={initialize!r} must be 'copy' or 'fresh'")
+    smallest = min(spec.num_blocks for spec in teacher.specs)
+    if not 1 <= layers_per_stage <= smallest:
+        raise ValueError(
+            f"layers_per_stage={layers_per_stage} must be between 1 and the blocks of the smallest stage, {smallest}"
+        )
+    stages = []
+    for stage in teacher.stages:
+        chosen = [(2 * j + 1) * len(stage.blocks) // (2 * layers_per_stage) for j in range(layers_per_stage)]
+        if initialize == "copy":
+            blocks = [copy.deepcopy(stage.blocks[j]) for j in chosen]
+        else:
+            with stage_random_state(seed, "meta", stage.spec.index):
+                blocks = [_fresh_block(teacher, stage, j) for j in chosen]
+        stages.append(Stage(stage.spec, stage.config, blocks, [stage.layer_indices[j] for j in chosen]))
+    return CutModel(teacher.frame, stages)
+
+
+def _fresh_block(teacher: CutModel, stage: Stage, position: int) -> nn.Module:
+    like = stage.blocks[position]
+    block = new_block(stage.config, like, stage.layer_indices[position])
+    for module in block.modules():
+        teacher.frame.model._init_weights(module)
+    return block.to(next(like.parameters()))
+
+
+class MetaFit(nn.Module):
+    """
+    A meta model in training; its frame is frozen.
+
+    Args:
+        meta: its stages are trained.
+        objective: `FIT` or `PRETRAIN`, or weights of your own.
+        teacher: asked for signals that a batch does not bring along; None if every batch does, or none are needed.
+        targets_of: what a batch is to predict.
+    """
+
+    def __init__(
+        self,
+        meta: CutModel,
+        objective: Objective = FIT,
+        teacher: CutModel | None = None,
+        targets_of: Targets = next_token_targets,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.targets_of = targets_of
+        self.frozen = Frozen(frame=meta.frame, teacher=teacher)
+        self.stages = nn.ModuleList(meta.stages).requires_grad_(True)
+
+    @property
+    def meta(self) -> CutModel:
+        """The model that is trained."""
+        return CutModel(cast(Frame, self.frozen.frame), cast(list[Stage], list(self.stages)))
+
+    def teacher_signals(self, batch: Batch) -> TeacherSignals:
+        """Logits of the teacher and its hidden states at the end of every stage."""
+        with torch.no_grad():
+            output = cast(CutModel, self.frozen.teacher)(**batch)
+        return TeacherSignals(output.logits, dict(enumerate(output.boundaries[1:], 1)))
+
+    def forward(
+        self,
+        signals: Mapping[str, torch.Tensor] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **batch: Any,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            signals: `TeacherSignals.tensors()` of this batch, from a cache; None asks the teacher.
+            num_items_in_batch: valid tokens of the whole optimizer step; None is this batch's.
+            batch: inputs of the model, and labels.
+
+        Returns:
+            see `Objective.losses`.
+        """
+        given = None if signals is None else TeacherSignals.of(signals)
+        if given is None and self.frozen.teacher is not None:
+            given = self.teacher_signals(batch)
+        output = self.meta(**batch)
+        hidden = (
+            [] if given is None else [(output.boundaries[i], given.boundaries[i]) for i in sorted(given.boundaries)]
+        )
+        return self.objective.losses(
+            output.logits,
+            self.targets_of(batch),
+            None if given is None else given.logits,
+            hidden=hidden,
+            token_mask=real_tokens(batch),
+            num_items=num_items_in_batch,
+        )
+
+
+class Incubation(nn.Module):
+    """
+    A copy of a teacher's stage in training inside a frozen meta model, by labels alone (arXiv:2212.04129).
+
+    Args:
+        meta: pretrained.
+        stage: copied; the original stays as it is.
+        targets_of: what a batch is to predict.
+    """
+
+    def __init__(self, meta: CutModel, stage: Stage, targets_of: Targets = next_token_targets) -> None:
+        super().__init__()
+        self.frozen = Frozen(meta=meta)
+        self.targets_of = targets_of
+        self.stage = copy.deepcopy(stage).requires_grad_(True)
+
+    def forward(self, num_items_in_batch: torch.Tensor | int | None = None, **batch: Any) -> dict[str, torch.Tensor]:
+        """See `MetaFit.forward`."""
+        logits = cast(CutModel, self.frozen.meta).with_stage(self.stage)(**batch).logits
+        return PRETRAIN.losses(logits, self.targets_of(batch), None, num_items=num_items_in_batch)
+
+
+@dataclass(frozen=True)
+class HybridReport:
+    """Cross entropies on the same tokens, in nats per token."""
+
+    num_tokens: int
+    """How many were scored."""
+    meta: float
+    """Of the meta model alone."""
+    hybrids: dict[int, float]
+    """Stage -> of the meta model with the teacher's stage in it."""
+
+    @property
+    def worse(self) -> list[int]:
+        """Stages whose hybrid is worse than the meta model alone, or not a number."""
+        return [stage for stage, value in self.hybrids.items() if not value <= self.meta]
+
+    def check(self, force: bool = False) -> None:
+        """
+        Refuse to distil from hybrids that teach less than the meta model knows.
+
+        Args:
+            force: go on all the same.
+
+        Raises:
+            ValueError: names the stages and their cross entropies.
+        """
+        if self.worse and not force:
+            found = ", ".join(f"stage {stage}: {self.hybrids[stage]:.4f}" for stage in self.worse)
+            raise ValueError(
+                "teacher stages are worse inside the meta model than the meta model alone (cross entropy "
+                f"{self.meta:.4f} over {self.num_tokens} tokens; {found}): fit the meta model longer, or give it more "
+                "layers per stage; incubate the teacher's stages in one that was pretrained end to end; or force it"
+            )
+
+
+@torch.no_grad()
+def evaluate_hybrids(
+    meta: CutModel, stages: Iterable[Stage], batches: Iterable[Batch], targets_of: Targets = next_token_targets
+) -> HybridReport:
+    """
+    Cross entropy of the meta model, and of it with each teacher stage.
+
+    Args:
+        meta: fitted.
+        stages: of the teacher; `stages_of` reads them one after another.
+        batches: what to score; gone through once for the meta model and once for every stage.
+        targets_of: what a batch is to predict.
+
+    Raises:
+        ValueError: if there is nothing to predict.
+    """
+    kept = list(batches)
+    alone, num_tokens = _cross_entropy(meta, kept, targets_of)
+    hybrids = {stage.spec.index: _cross_entropy(meta.with_stage(stage), kept, targets_of)[0] for stage in stages}
+    return HybridReport(num_tokens, alone, hybrids)
+
+
+def _cross_entropy(model: CutModel, batches: list[Batch], targets_of: Targets) -> tuple[float, int]:
+    training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        logits, targets = model(**batch).logits, targets_of(batch)
+        total += float(
+            F.cross_entropy(
+                logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+        )
+        count += int((targets != IGNORE_INDEX).sum())
+    model.train(training)
+    if not count:
+        raise ValueError("there is no token to predict in these batches: give text, with labels")
+    return total / count, count
