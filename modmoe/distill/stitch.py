@@ -38,7 +38,7 @@ class Projection(nn.Module):
     def __init__(self, weight: torch.Tensor, back: bool) -> None:
         super().__init__()
         self.back = back
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", weight.detach().clone())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         weight = self.weight.to(hidden_states.dtype)
