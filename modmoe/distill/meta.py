@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modmoe.distill.frame import Batch, Frame, new_block
+from modmoe.distill.frame import Batch, Calls, Frame, new_block
 from modmoe.distill.frozen import Frozen
 from modmoe.distill.objective import IGNORE_INDEX, Objective, next_token_targets, real_tokens
 from modmoe.distill.seeds import stage_random_state
@@ -26,8 +26,8 @@ from modmoe.distill.stages import CutModel, Stage
 
 Targets = Callable[[Mapping[str, Any]], torch.Tensor]
 
-FIT = Objective(alpha=1.0, hidden_weight=1.0)
-"""Boundaries and logits of the teacher."""
+FIT = Objective(alpha=1.0, hidden_weight=10.0)
+"""Logits of the teacher, and its boundaries more than these: what stages of the teacher will meet there counts."""
 PRETRAIN = Objective(alpha=0.0)
 """Labels alone."""
 
@@ -78,11 +78,20 @@ class MetaFit(nn.Module):
     """
     A meta model in training; its frame is frozen.
 
+    A meta model that is fitted as a whole learns in each stage to undo the errors of the stages before, which a stage
+    of the teacher then does not do: hybrids become worse than the meta model alone. So stages of the teacher take part
+    while it learns: each stands in for the meta model's at random (arXiv:2002.02925), which learns on beside it.
+
     Args:
         meta: its stages are trained.
         objective: `FIT` or `PRETRAIN`, or weights of your own.
-        teacher: asked for signals that a batch does not bring along; None if every batch does, or none are needed.
+        teacher: takes part, and is asked for signals that a batch does not bring along; None if no teacher is needed,
+            or only signals that batches bring along.
+        replace: probability in training that a stage of the teacher stands in.
         targets_of: what a batch is to predict.
+
+    Raises:
+        ValueError: for a probability outside 0..1.
     """
 
     def __init__(
@@ -90,23 +99,34 @@ class MetaFit(nn.Module):
         meta: CutModel,
         objective: Objective = FIT,
         teacher: CutModel | None = None,
+        replace: float = 0.5,
         targets_of: Targets = next_token_targets,
     ) -> None:
         super().__init__()
+        if not 0.0 <= replace <= 1.0:
+            raise ValueError(f"replace={replace} must be between 0 (the meta model alone) and 1")
         self.objective = objective
+        self.replace = replace
         self.targets_of = targets_of
         self.frozen = Frozen(frame=meta.frame, teacher=teacher)
         self.stages = nn.ModuleList(meta.stages).requires_grad_(True)
 
     @property
-    def meta(self) -> CutModel:
-        """The model that is trained."""
-        return CutModel(cast(Frame, self.frozen.frame), cast(list[Stage], list(self.stages)))
+    def teacher(self) -> CutModel | None:
+        """The model that teaches."""
+        return cast(CutModel | None, self.frozen.teacher)
 
     def teacher_signals(self, batch: Batch) -> TeacherSignals:
-        """Logits of the teacher and its hidden states at the end of every stage."""
+        """
+        Logits of the teacher and its hidden states at the end of every stage.
+
+        Raises:
+            ValueError: if there is no teacher here.
+        """
+        if self.teacher is None:
+            raise ValueError("there is no teacher to ask: give one, or cached signals with every batch")
         with torch.no_grad():
-            output = cast(CutModel, self.frozen.teacher)(**batch)
+            output = self.teacher(**batch)
         return TeacherSignals(output.logits, dict(enumerate(output.boundaries[1:], 1)))
 
     def forward(
@@ -125,20 +145,35 @@ class MetaFit(nn.Module):
             see `Objective.losses`.
         """
         given = None if signals is None else TeacherSignals.of(signals)
-        if given is None and self.frozen.teacher is not None:
+        if given is None and self.teacher is not None:
             given = self.teacher_signals(batch)
-        output = self.meta(**batch)
-        hidden = (
-            [] if given is None else [(output.boundaries[i], given.boundaries[i]) for i in sorted(given.boundaries)]
-        )
+        leaving: list[torch.Tensor] = []
+        stand_ins = self._stand_ins()
+
+        def body(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
+            for stage, stand_in in zip(self.stages, stand_ins, strict=True):
+                leaving.append(stage(hidden_states, calls))
+                hidden_states = leaving[-1] if stand_in is None else stand_in(hidden_states, calls)
+            return hidden_states
+
+        logits = cast(Frame, self.frozen.frame)(batch, body)
+        boundaries = {} if given is None else given.boundaries
         return self.objective.losses(
-            output.logits,
+            logits,
             self.targets_of(batch),
             None if given is None else given.logits,
-            hidden=hidden,
+            hidden=[(leaving[boundary - 1], states) for boundary, states in sorted(boundaries.items())],
             token_mask=real_tokens(batch),
             num_items=num_items_in_batch,
         )
+
+    def _stand_ins(self) -> list[Stage | None]:
+        """Which stages of the teacher take part; the meta model always keeps one of its own."""
+        if self.teacher is None or not self.training or not self.replace:
+            return [None] * len(self.stages)
+        drawn = torch.rand(len(self.stages)) < self.replace
+        drawn[torch.randint(len(self.stages), ())] = False
+        return [stage if chosen else None for stage, chosen in zip(self.teacher.stages, drawn, strict=True)]
 
 
 class Incubation(nn.Module):
