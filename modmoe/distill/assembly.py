@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from modmoe.distill.pair import STITCHES
 from modmoe.distill.ranges import StageSpec
 from modmoe.distill.stages import check_complete, read_stage_file
+from modmoe.distill.student import whole_name
 from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
 
 # Fields of config.json that may differ between stages: who wrote it, and where it lay.
 _INCIDENTAL = ("transformers_version", "_name_or_path")
-_LAYERS = "model.layers."
 
 
 def assemble(stages: Sequence[Path], directory: Path) -> bool:
@@ -62,7 +62,7 @@ def assemble(stages: Sequence[Path], directory: Path) -> bool:
 
 def _write_weights(specs: list[StageSpec], paths: list[Path], directory: Path) -> None:
     sources = [
-        (weights, name, _whole_name(name, spec.start))
+        (weights, name, whole_name(name, spec))
         for spec, weights in zip(specs, map(SavedWeights, paths), strict=True)
         for name in weights
     ]
@@ -70,14 +70,6 @@ def _write_weights(specs: list[StageSpec], paths: list[Path], directory: Path) -
     with WeightsWriter(directory, tensors) as writer:
         for weights, name, new in sources:
             writer.write(new, weights[name])
-
-
-def _whole_name(name: str, start: int) -> str:
-    """The name in the whole model of a weight of the stage that begins at block `start`."""
-    if not name.startswith(_LAYERS):
-        return name
-    index, _, rest = name.removeprefix(_LAYERS).partition(".")
-    return f"{_LAYERS}{int(index) + start}.{rest}"
 
 
 def _common_config(paths: list[Path]) -> ModMoEConfig:

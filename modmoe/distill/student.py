@@ -18,6 +18,9 @@ from modmoe.models.modeling_modmoe import ModMoEModel, WithRouterLosses
 from modmoe.models.outputs import ModMoEModelOutputWithPast
 from modmoe.models.safetensors_stream import SavedWeights
 
+_LAYERS = "model.layers."
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 InitializeBlock = Callable[[nn.Module, nn.Module], None]
 """(teacher's block, student's block): writes weights into the latter."""
 
@@ -84,7 +87,7 @@ class StudentStage(WithRouterLosses):
         else:
             self.model.norm = nn.Identity()
         if config.tie_word_embeddings:
-            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+            self._tied_weights_keys = {_HEAD: _EMBEDDING}
         self.post_init()
 
     def forward(self, batch: Batch, hidden_states: torch.Tensor | None = None) -> StudentOutput:
@@ -156,6 +159,41 @@ def build_student_stage(config: ModMoEConfig, spec: StageSpec, seed: int) -> Stu
         return StudentStage(config, spec).float()
 
 
+def whole_name(name: str, spec: StageSpec) -> str:
+    """The name in the whole student of a weight of its stage."""
+    if not name.startswith(_LAYERS):
+        return name
+    index, _, rest = name.removeprefix(_LAYERS).partition(".")
+    return f"{_LAYERS}{int(index) + spec.start}.{rest}"
+
+
+@torch.no_grad()
+def initialize_from(student: StudentStage, weights: Mapping[str, torch.Tensor]) -> None:
+    """
+    Give a stage its part of a whole student, such as one that `modmoe.surgery.upcycle` made of the teacher.
+
+    Args:
+        student: changed in place.
+        weights: of the whole student; `SavedWeights` of its directory reads this stage's tensors alone. A tied head,
+            which is not saved, is the embedding.
+
+    Raises:
+        ValueError: if a weight is missing or has another shape.
+    """
+    tied = student.all_tied_weights_keys
+    for name, tensor in student.state_dict().items():
+        source = whole_name(name, student.spec)
+        if name in tied:
+            continue
+        given = weights.get(source)
+        if given is None and source == _HEAD:
+            given = weights.get(_EMBEDDING)
+        if given is None or given.shape != tensor.shape:
+            found = "missing" if given is None else f"of shape {tuple(given.shape)}, not {tuple(tensor.shape)}"
+            raise ValueError(f"{source} is {found}: the weights to start from belong to a student of another config")
+        tensor.copy_(given)
+
+
 def initialize_blocks(student: StudentStage, teacher: Stage, initialize: InitializeBlock) -> None:
     """
     Give every block of a student's stage the weights of the block of the teacher's stage at the same relative depth.
@@ -193,16 +231,16 @@ def initialize_ends(student: StudentStage, frame: Frame, projection: torch.Tenso
     own = dict(student.named_parameters())
     embedding = frame.model.get_input_embeddings()
     if student.spec.is_first and embedding is not None:
-        written["model.embed_tokens.weight"] = _projected(embedding.weight, projection)
+        written[_EMBEDDING] = _projected(embedding.weight, projection)
     head, norm = frame.model.get_output_embeddings(), final_norm(frame)
     if student.spec.is_last and head is not None and norm is not None:
         same_norm = _is_rms(norm) == (student.config.norm_type == "rmsnorm")
         if projection is None and same_norm:
             written |= {f"model.norm.{name}": value for name, value in norm.named_parameters()}
-            written["lm_head.weight"] = head.weight
+            written[_HEAD] = head.weight
         elif projection is not None and same_norm and _is_rms(norm):
             scale = (projection.shape[0] / projection.shape[1]) ** 0.5
-            written["lm_head.weight"] = _projected(head.weight * norm.weight, projection) * scale
+            written[_HEAD] = _projected(head.weight * norm.weight, projection) * scale
     written = {name: value for name, value in written.items() if name in own and own[name].shape == value.shape}
     for name, value in written.items():
         own[name].copy_(value)

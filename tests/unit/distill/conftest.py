@@ -46,17 +46,7 @@ FAMILIES = {
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8)),
     # Blocks that look at their index.
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=16,
-            n_layer=BLOCKS,
-            n_head=2,
-            n_positions=32,
-            initializer_range=0.2,
-            scale_attn_by_inverse_layer_idx=True,
-        )
-    ),
+    "gpt2": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
     "modmoe": lambda: ModMoEForCausalLM(ModMoEConfig(**SIZES, num_experts=1, num_attn_experts=1)),
     # Blocks of different numbers of experts.
@@ -77,6 +67,12 @@ STUDENT = {
     "router_hidden_size": 8,
     "initializer_range": 0.2,
 }
+
+
+def gpt2(**changes) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": BLOCKS, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, **changes)).eval()
 
 
 def build(family: str) -> PreTrainedModel:

@@ -9,9 +9,9 @@ from modmoe.distill.ranges import StageSpec, stage_specs
 from modmoe.distill.signals import TeacherSignals, top_k
 from modmoe.distill.stages import CutModel, cut
 from modmoe.distill.stitch import principal_projection
-from modmoe.distill.student import StudentStage, build_student_stage, initialize_blocks, initialize_ends
-from modmoe.models.llama import config_from_llama, state_dict_from_llama
-from tests.unit.distill.conftest import build, student_config, text
+from modmoe.distill.student import StudentStage, build_student_stage, initialize_from
+from modmoe.models.dense import from_dense
+from tests.unit.distill.conftest import build, gpt2, student_config, text
 
 CUT = [(0, 1), (1, 4), (4, 5)]
 STUDENT_CUT = [(0, 1), (1, 3), (3, 4)]
@@ -93,20 +93,20 @@ def test_saved_state_is_that_of_the_trained_parts(teacher):
     assert all(name.startswith(("module.student.", "module.stitch")) for name in wrapped.state_dict())
 
 
-def test_a_student_with_the_teachers_weights_is_the_teacher(teacher):
+@pytest.mark.parametrize("whole", [build("llama"), build("qwen3"), gpt2()], ids=["llama", "qwen3", "gpt2"])
+def test_a_student_with_the_teachers_weights_is_the_teacher(whole):
     """Dense, as deep and as wide: every hybrid is the teacher's, and nothing is left to learn from it."""
-    llama = build("llama").config
-    config = config_from_llama(llama)
-
-    def copy_block(source, target):
-        target.load_state_dict(state_dict_from_llama(source.state_dict()))
-
+    teacher = cut(whole, CUT)
+    native = from_dense(whole)
+    weights = native.state_dict()
+    if native.config.tie_word_embeddings:
+        native.config.tie_word_embeddings = False
+        del weights["lm_head.weight"]
     meta = build_meta(teacher)
     for index, spec in enumerate(teacher.specs):
-        stage = build_student_stage(config, spec, seed=0)
-        initialize_blocks(stage, teacher.stages[index], copy_block)
-        initialize_ends(stage, teacher.frame)
-        losses = StagePair(meta, stage, EVERYTHING, teacher.stages[index])(**padded())
+        stage = build_student_stage(native.config, spec, seed=0)
+        initialize_from(stage, weights)
+        losses = StagePair(meta, stage, EVERYTHING, teacher.stages[index]).eval()(**padded())
         assert losses["kl"].item() == pytest.approx(0.0, abs=1e-5)
         assert losses["relation"].item() == pytest.approx(0.0, abs=1e-5) or spec.is_last
         assert losses.get("hidden", torch.zeros(())).item() == pytest.approx(0.0, abs=1e-5)

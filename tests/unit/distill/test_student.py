@@ -12,6 +12,7 @@ from modmoe.distill.student import (
     check_same_tokenizer,
     initialize_blocks,
     initialize_ends,
+    initialize_from,
     stage_config,
 )
 from tests.unit.distill.conftest import build, student_config, text
@@ -33,14 +34,14 @@ def test_stages_are_the_blocks_of_the_whole_model():
     hidden = None
     with torch.no_grad():
         for stage in parts:
-            names = dict(whole.state_dict())
-            for index in range(stage.spec.num_blocks):
-                block = whole.model.layers[stage.spec.start + index].state_dict()
-                names |= {f"model.layers.{index}.{k}": v for k, v in block.items()}
-            stage.load_state_dict({name: names[name] for name in stage.state_dict()})
+            initialize_from(stage, whole.state_dict())
             output = stage(batch, hidden)
             hidden = output.hidden_states
         assert torch.equal(output.logits, whole(**batch).logits)
+    with pytest.raises(ValueError, match="model.embed_tokens.weight is missing"):
+        initialize_from(parts[0], {})
+    with pytest.raises(ValueError, match=r"layers.3.mlp.* is of shape .*another config"):
+        initialize_from(parts[2], whole.state_dict() | {"model.layers.3.mlp.experts.down_proj": torch.ones(2)})
     ends = [{name.split(".")[1] for name in stage.state_dict()} for stage in parts]
     assert ends == [{"embed_tokens", "layers"}, {"layers"}, {"layers", "norm", "weight"}]
 
@@ -54,8 +55,8 @@ def test_weights_follow_the_seed_and_the_stage_alone():
     for one, other in zip(forwards, backwards, strict=True):
         assert all(torch.equal(t, other.state_dict()[name]) for name, t in one.state_dict().items())
     assert len({stage_seed(seed, what, stage) for seed in range(3) for what in "ab" for stage in range(3)}) == 18
-    other = build_student_stage(config, specs[0], 4).model.layers[0].self_attn.k_proj.weight
-    assert not torch.equal(first, other)
+    mine, other = (build_student_stage(config, specs[0], seed).model.embed_tokens.weight for seed in (3, 4))
+    assert not torch.equal(mine, other)
     torch.set_rng_state(before)
     build_student_stage(config, specs[0], 3)
     assert torch.equal(torch.get_rng_state(), before)
