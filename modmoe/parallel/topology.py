@@ -39,10 +39,13 @@ def topology(group: dist.ProcessGroup, node_size: int) -> Topology:
 
     Args:
         group: neighbouring ranks.
-        node_size: processes on each node.
+        node_size: processes on this process's node; 0 if that is not known.
     """
     size = group.size()
-    if node_size <= 1 or size <= node_size or size % node_size:
+    node_sizes = [0] * size
+    dist.all_gather_object(node_sizes, node_size, group=group)
+    # All must decide alike, and nodes of different sizes have no places in common.
+    if len(set(node_sizes)) > 1 or node_size <= 1 or size <= node_size or size % node_size:
         return Topology(group)
     ranks = dist.get_process_group_ranks(group)
     node, place = divmod(group.rank(), node_size)

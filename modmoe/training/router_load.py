@@ -42,8 +42,8 @@ class RouterLoads:
             mine = self.sums.get(side, [torch.zeros_like(load) for load in loads])
             self.sums[side] = [total + load for total, load in zip(mine, loads, strict=True)]
 
-    def scale(self, factor: torch.Tensor) -> None:
-        """Multiply all sums by a scalar on their device."""
+    def scale(self, factor: torch.Tensor | float) -> None:
+        """Multiply all sums by a number, or a scalar on their device."""
         self.sums = {side: [load * factor for load in loads] for side, loads in self.sums.items()}
 
     def all_reduce(self) -> None:

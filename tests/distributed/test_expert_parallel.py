@@ -128,6 +128,14 @@ def test_loss_and_gradients_are_those_of_one_process(world, size, node_size, chu
                 torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-8)
 
 
+def goes_straight(node_sizes):
+    return topology(dist.group.WORLD, node_sizes[dist.get_rank()]).across is None
+
+
+def test_nodes_of_different_sizes_are_not_two_stages():
+    assert run_ranks(goes_straight, 4, [2, 2, 1, 1], timeout=30) == [True] * 4
+
+
 def models_in_parts(fields, directory):
     """On each rank: whether a fresh and a loaded model in parts hold what the whole ones hold."""
     topology = Topology(dist.group.WORLD)

@@ -10,18 +10,17 @@ from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.data import DomainStatistics, SplitStatistics
 from modmoe.training import evaluation
 from modmoe.training.evaluation import evaluate_domains
+from tests.launching import run_ranks
 
 from .conftest import MODEL
 
 
-@pytest.fixture(scope="module")
-def model():
+def made_model():
     torch.manual_seed(0)
     return ModMoEForCausalLM(ModMoEConfig(vocab_size=50, initializer_range=0.3, **MODEL)).train()
 
 
-@pytest.fixture(scope="module")
-def blocks():
+def made_blocks():
     """Blocks with different numbers of labels."""
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -31,6 +30,16 @@ def blocks():
         labels[: 2 * index] = -100
         made.append({"input_ids": ids.numpy(), "position_ids": torch.arange(12).numpy(), "labels": labels.numpy()})
     return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made_model()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return made_blocks()
 
 
 STATISTICS = {"d": DomainStatistics(None, SplitStatistics(1, text_bytes=300, tokens=100), 5.0, 2.0)}
@@ -84,3 +93,15 @@ def test_ranks_run_equally_often_and_share_all_batches(monkeypatch, world):
         shares.append(evaluation._share(9, 2))
     assert len({len(share) for share in shares}) == 1
     assert sorted(start for share in shares for start, mine in share if mine) == [0, 2, 4, 6, 8]
+
+
+def score_on_ranks(max_blocks):
+    result = score(made_model(), made_blocks(), max_blocks=max_blocks)
+    return result.nats_per_token, [load.sum().item() for load in result.loads.sums["ffn"]]
+
+
+def test_a_rank_without_a_batch_of_its_own_gets_the_same_result(model, blocks):
+    alone = score(model, blocks, max_blocks=2)  # one batch for two ranks
+    for nats, loads in run_ranks(score_on_ranks, 2, 2):
+        assert nats == pytest.approx(alone.nats_per_token, rel=1e-9)
+        assert loads == [2 * 12 * 2] * 2
