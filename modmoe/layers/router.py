@@ -4,7 +4,7 @@ Letters: N tokens, H hidden size, E experts, K experts per token, G router hidde
 those of pruned experts that stay in the softmax.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -63,41 +63,59 @@ class Router(nn.Module):
         self.selection_bias: torch.Tensor | None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
 
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(N, H) in fp32 or wider -> logits (N, R) in the same dtype."""
+    def scores(self, hidden_states: torch.Tensor, *more_rows: torch.Tensor) -> torch.Tensor:
+        """(N, H) in fp32 or wider -> logits (N, R) in the same dtype; `more_rows` count in R."""
         raise NotImplementedError
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> RouterOutput:
+    def _rows(self, more_rows: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """`weight` with more rows behind its own."""
+        return (torch.cat([self.weight, *more_rows]) if more_rows else self.weight).to(dtype)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        more_rows: Sequence[torch.Tensor] = (),
+    ) -> RouterOutput:
         """
         Args:
             hidden_states: (N, H).
             token_mask: (N,) bool; False tokens are not routed. All are if None.
+            more_rows: of experts that were added, behind those of `weight`; they count in E here.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = self.scores(hidden_states.to(dtype))
+            num_added = sum(len(rows) for rows in more_rows)
+            logits = self.scores(hidden_states.to(dtype), *more_rows)
             routing = route(
                 logits,
                 self.top_k,
                 token_mask=token_mask,
-                selection_bias=self._row_bias(),
+                selection_bias=self._row_bias(num_added),
                 renormalize=self.renormalize,
                 sample_top_k=self.sample_top_k if self.training else 0,
             )
         gates = _unit_gates(logits, routing.top_k_index) if self.unit_gates else routing.top_k_weights
         if self.expert_rows is None:
             return RouterOutput(logits, gates, routing.top_k_index)
-        index = torch.searchsorted(self.expert_rows, routing.top_k_index)  # R, which means none, becomes E
-        return RouterOutput(logits.index_select(1, self.expert_rows), gates, index)
+        expert_rows = self._expert_rows(self.expert_rows, num_added)
+        index = torch.searchsorted(expert_rows, routing.top_k_index)  # R, which means none, becomes E
+        return RouterOutput(logits.index_select(1, expert_rows), gates, index)
 
-    def _row_bias(self) -> torch.Tensor | None:
-        """(R,): the selection bias, and -inf for the rows of pruned experts."""
+    def _expert_rows(self, own: torch.Tensor, num_added: int) -> torch.Tensor:
+        """(E,): the row of each expert, those of added ones behind all others."""
+        rows = self.num_experts + self.num_pruned
+        return torch.cat([own, torch.arange(rows, rows + num_added, device=own.device)])
+
+    def _row_bias(self, num_added: int) -> torch.Tensor | None:
+        """(R,): the selection bias, which routers with added rows do not have, and -inf for rows of pruned experts."""
         if self.expert_rows is None:
             return self.selection_bias
         bias = self.selection_bias
         if bias is None:
-            bias = torch.zeros(self.num_experts, device=self.expert_rows.device)
-        return bias.new_full((self.num_experts + self.num_pruned,), -torch.inf).index_copy(0, self.expert_rows, bias)
+            bias = torch.zeros(self.num_experts + num_added, device=self.expert_rows.device)
+        rows = bias.new_full((self.num_experts + self.num_pruned + num_added,), -torch.inf)
+        return rows.index_copy(0, self._expert_rows(self.expert_rows, num_added), bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Keeps the selection bias in fp32: its steps are too small for a 16-bit number."""
@@ -134,8 +152,8 @@ class LinearRouter(Router):
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k, **options)
 
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_states, self.weight.to(hidden_states.dtype))
+    def scores(self, hidden_states: torch.Tensor, *more_rows: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_states, self._rows(more_rows, hidden_states.dtype))
 
 
 class MLPRouter(Router):
@@ -147,9 +165,9 @@ class MLPRouter(Router):
         super().__init__(router_hidden_size, num_experts, top_k, **options)
         self.in_proj = _WideLinear(hidden_size, router_hidden_size)
 
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def scores(self, hidden_states: torch.Tensor, *more_rows: torch.Tensor) -> torch.Tensor:
         inner = F.gelu(self.in_proj(hidden_states))
-        return F.linear(inner, self.weight.to(inner.dtype))
+        return F.linear(inner, self._rows(more_rows, inner.dtype))
 
 
 class GMMRouter(Router):
@@ -162,9 +180,9 @@ class GMMRouter(Router):
         self.in_proj = _WideLinear(hidden_size, router_hidden_size, bias=False)
         self.log_temperature = nn.Parameter(torch.zeros(1))
 
-    def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def scores(self, hidden_states: torch.Tensor, *more_rows: torch.Tensor) -> torch.Tensor:
         inner = F.normalize(self.in_proj(hidden_states), dim=-1)
-        centroids = F.normalize(self.weight.to(inner.dtype), dim=-1)
+        centroids = F.normalize(self._rows(more_rows, inner.dtype), dim=-1)
         return self.log_temperature.to(inner.dtype).exp() * F.linear(inner, centroids)
 
 

@@ -68,7 +68,7 @@ class RouterStatistics:
 
     @property
     def num_tokens(self) -> torch.Tensor:
-        """() fp32: routed tokens; the same for every router."""
+        """() fp32: routed tokens, those that the first router has seen: routers of extensions count fewer."""
         return self.vectors[0][-1].detach()
 
 

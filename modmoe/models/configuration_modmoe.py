@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
+from modmoe.models.extension import Extension
+
 # Keywords that `PreTrainedConfig` understands without declaring them as fields.
 _INHERITED_KEYWORDS = {
     "auto_map",
@@ -73,6 +75,8 @@ class ModMoEConfig(PreTrainedConfig):
             the softmax and are never chosen; or a list per layer.
         num_pruned_experts: the same for FFN experts.
         num_shared_experts: FFN experts every token passes through, without a router.
+        extensions: experts added to the trained model, in the order in which they are applied; a dictionary with the
+            fields of `Extension` for each.
         gated_ffn: `act(gate) * up` (SwiGLU and its kin) if true, else a plain two-layer FFN (MoLM).
         hidden_act: activation of the FFN, a name of `transformers.activations.ACT2FN`.
         attention_type: "stickbreaking" (arXiv:2410.17980; no position embedding) or "softmax" with RoPE.
@@ -126,6 +130,7 @@ class ModMoEConfig(PreTrainedConfig):
         "cross_entropy",
         "tokens_per_expert",
         "attn_tokens_per_expert",
+        "extension_tokens_per_expert",
     ]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",
@@ -146,6 +151,7 @@ class ModMoEConfig(PreTrainedConfig):
     num_pruned_attn_experts: int | list[int] = 0
     num_pruned_experts: int | list[int] = 0
     num_shared_experts: int = 0
+    extensions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     gated_ffn: bool = True
     hidden_act: str = "silu"
     attention_type: Literal["stickbreaking", "softmax"] = "stickbreaking"
@@ -254,6 +260,7 @@ class ModMoEConfig(PreTrainedConfig):
             )
         for side in ("attn_experts", "experts"):
             self._validate_experts(f"num_{side}", f"num_{side}_per_tok", f"num_pruned_{side}")
+        self._validate_extensions()
         if self.attention_type == "stickbreaking" and not self.is_causal:
             raise ValueError(
                 "is_causal=False contradicts attention_type='stickbreaking', which is causal by definition: "
@@ -295,6 +302,37 @@ class ModMoEConfig(PreTrainedConfig):
                     f"sample_topk={self.sample_topk} must be between 0 and {top_k_name}={top_k}, with {count_name}="
                     f"{count} (layer {layer})"
                 )
+
+    def _validate_extensions(self) -> None:
+        extensions = self.extension_list()
+        names = [extension.name for extension in extensions]
+        taken = next((name for name in names if names.count(name) > 1), None)
+        if taken is not None:
+            raise ValueError(f"two extensions have the name {taken!r}: give each a name of its own")
+        layers = range(self.num_hidden_layers)
+        if extensions and not any(self.router_rows_at(i) or self.attn_router_rows_at(i) for i in layers):
+            raise ValueError(
+                f"extension {names[0]!r} needs a model with experts, and num_experts=1, num_attn_experts=1 is a dense "
+                "one: upcycle it first"
+            )
+        for extension in extensions:
+            if extension.mode == "common":
+                self._validate_common(extension)
+
+    def _validate_common(self, extension: Extension) -> None:
+        """Common rows need a router in every layer, and one without a selection bias."""
+        where = f"extension {extension.name!r} with mode='common'"
+        if self.use_selection_bias:
+            raise ValueError(f"{where} cannot join routers with use_selection_bias=True: use mode='group'")
+        sides = ((extension.num_experts, self.router_rows_at), (extension.num_attn_experts, self.attn_router_rows_at))
+        for added, rows_at in sides:
+            dense = [layer for layer in range(self.num_hidden_layers) if not rows_at(layer)]
+            if added and dense:
+                raise ValueError(f"{where} needs a router to join, and layer {dense[0]} is dense: use mode='group'")
+
+    def extension_list(self) -> list[Extension]:
+        """The extensions with their fields checked, in the order in which they are applied."""
+        return [Extension.of(fields) for fields in self.extensions]
 
     def _at(self, name: str, layer: int) -> int:
         value = getattr(self, name)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
@@ -13,6 +14,8 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 
 # Keywords of `from_pretrained` that are most often meant, besides the fields of the config.
 _LOADING_KEYWORDS = ("attn_implementation", "experts_implementation", "device_map", "dtype", "revision", "token")
+
+_ALIGNMENT = 64  # bytes, as PyTorch allocates
 
 
 class StrictPreTrainedModel(PreTrainedModel):
@@ -44,6 +47,7 @@ class StrictPreTrainedModel(PreTrainedModel):
         except TypeError as error:
             raise _unknown_keyword(error) or error from None
         model._check_coverage(where, info, accept_mismatch)
+        _align(model)
         return (model, info) if output_loading_info else model
 
     def _check_coverage(self, where: Any, info: dict[str, Any], accept_mismatch: bool) -> None:
@@ -64,6 +68,19 @@ class StrictPreTrainedModel(PreTrainedModel):
             f"the weights in {where} do not match the config: {what}; load them with the config.json that they were "
             f"saved with, into the class that saved them (here: {type(self).__name__})"
         )
+
+
+@torch.no_grad()
+def _align(model: PreTrainedModel) -> None:
+    """
+    Weights that lie crookedly in their file get memory of their own.
+
+    Weights on the CPU are a view of the file, and matrix products of MKL sum in another order where a matrix does not
+    begin at a multiple of 16 bytes: the same weights would give other logits from a file with other tensors in it.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _refuse_pickles(where: Any) -> None:

@@ -5,7 +5,7 @@ E experts, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from modmoe.layers import grouped_experts, megablocks, stickbreaking
+from modmoe.layers.added_experts import RouterRows, decline, own_choices
 from modmoe.layers.experts import AttentionExperts, ExpertLinear, GatedExperts, GatedFFN, PlainExperts, PlainFFN
 from modmoe.layers.router import ROUTERS, Router, RouterOutput
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
@@ -37,18 +38,28 @@ from modmoe.models.context import (
     check_token_ids,
     next_positions,
 )
+from modmoe.models.extension import Extension
 from modmoe.models.loading import StrictPreTrainedModel
 from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
 
 
 class LayerOutput(NamedTuple):
-    """Flat, so that every form of activation checkpointing carries the gradient of each tensor."""
-
     hidden_states: torch.Tensor
     attn_router_logits: torch.Tensor | None
     attn_router_index: torch.Tensor | None
     router_logits: torch.Tensor | None
     router_index: torch.Tensor | None
+    extensions: tuple[torch.Tensor, ...] = ()
+    """Logits and choices of the routers of extensions: of the FFN, in the order of the config, then of attention."""
+
+    def flat(self) -> tuple[torch.Tensor | None, ...]:
+        """Without nesting, so that every form of activation checkpointing carries the gradient of each tensor."""
+        return (*self[:5], *self.extensions)
+
+    @classmethod
+    def of(cls, flat: tuple[Any, ...]) -> Self:
+        """What `flat` made."""
+        return cls(*flat[:5])._replace(extensions=flat[5:])
 
 
 def _norm(config: ModMoEConfig) -> nn.Module:
@@ -73,10 +84,47 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int, num_rows: int) -
     )
 
 
-class ModMoEAttention(nn.Module):
-    """A pool of attention experts over keys and values that they share."""
+def _router_with_null(config: ModMoEConfig, num_experts: int, top_k: int) -> Router:
+    """
+    The router of an extension; row 0 is the null choice.
 
-    def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
+    Its gates are never renormalised: of a single slot that would be a gate of 1, through which nothing is learned. It
+    is not balanced by a selection bias, which would pull tokens from null.
+    """
+    return ROUTERS[config.router_type](config.hidden_size, config.router_hidden_size, 1 + num_experts, top_k)
+
+
+class AddedExperts(nn.Module):
+    """Experts of an extension that share the softmax and the slots of the model's own ("common")."""
+
+    def __init__(self, config: ModMoEConfig, num_experts: int, experts: nn.Module) -> None:
+        super().__init__()
+        width = config.hidden_size if config.router_type == "linear" else config.router_hidden_size
+        self.gate = RouterRows(num_experts, width)
+        self.experts = experts
+
+
+def _routed(
+    gate: Router | None, added: list[AddedExperts], flat: torch.Tensor, token_mask: torch.Tensor | None
+) -> RouterOutput | None:
+    return None if gate is None else gate(flat, token_mask, [part.gate() for part in added])
+
+
+def _choices(index: torch.Tensor, gate: Router, added: list[AddedExperts]) -> list[torch.Tensor]:
+    """Choices (N, K) of the model's own experts and of added ones, each counted in its pool; its size for none."""
+    if not added:
+        return [index]
+    # Of a pool whose experts are shared out over processes, the module holds only some.
+    sizes = [gate.num_experts, *(len(part.gate.weight) for part in added)]
+    return [own_choices(index, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+
+class QueryExperts(nn.Module):
+    """Attention experts with their router, reading keys and values that they are given."""
+
+    def __init__(
+        self, config: ModMoEConfig, layer_idx: int, gate: Router | None, num_experts: int, top_k: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -84,47 +132,54 @@ class ModMoEAttention(nn.Module):
         self.head_dim = cast(int, config.head_dim)
         self.num_heads = config.num_attention_heads
         self.num_kv_heads = cast(int, config.num_key_value_heads)
-        num_experts, self.top_k = config.attn_experts_at(layer_idx)
-        self.num_key_value_groups = self.top_k * self.num_heads // self.num_kv_heads
+        self.top_k = top_k
+        self.num_key_value_groups = top_k * self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5
-        self.gate = _router(config, num_experts, self.top_k, config.attn_router_rows_at(layer_idx))
-        query_size = self.num_heads * self.head_dim
-        self.experts = AttentionExperts(config.hidden_size, num_experts, query_size)
-        kv_size = self.num_kv_heads * self.head_dim
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
-        self.q_bias = nn.Parameter(torch.empty(query_size)) if config.query_bias else None
-        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.attention_output_bias else None
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.gate = gate
+        self.experts = AttentionExperts(config.hidden_size, num_experts, self.num_heads * self.head_dim)
 
-    def forward(
+    def read(
         self,
         hidden_states: torch.Tensor,
+        routing: RouterOutput | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
         inputs: AttentionInputs,
-        token_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        added: list[AddedExperts],
+        q_bias: torch.Tensor | None,
+        q_norm: nn.Module | None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterOutput | None]:
-        """(B, T, H) -> output (B, T, H), weights (B, heads, T, S) or None, router output or None."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Queries of the chosen experts, attention, output projections.
+
+        Args:
+            hidden_states: (B, T, H).
+            routing: of the tokens; None in a dense layer.
+            keys, values: (B, kv heads, S, D), keys with their position embedding.
+            added: further experts that `routing` chooses from.
+            q_bias, q_norm: of the layer, for the queries of all experts.
+
+        Returns:
+            output (B, T, H), and weights (B, heads, T, S) or None.
+        """
         batch, length, _ = hidden_states.shape
         flat = hidden_states.flatten(0, 1)
-        routing = None if self.gate is None else self.gate(flat, token_mask)
-        plan = None if routing is None else self.experts.plan(routing.top_k_index)
-        queries = self.experts.map(flat, plan, self.top_k)
-        if self.q_bias is not None:
-            queries = queries + self.q_bias
+        pools = [self.experts, *(cast(AttentionExperts, part.experts) for part in added)]
+        plans: list[Any] = [None]
+        if routing is not None:
+            choices = _choices(routing.top_k_index, cast(Router, self.gate), added)
+            plans = [pool.plan(index) for pool, index in zip(pools, choices, strict=True)]
+        # A slot belongs to one pool; in the others its row is zero.
+        mapped = [pool.map(flat, plan, self.top_k) for pool, plan in zip(pools, plans, strict=True)]
+        queries = sum(mapped[1:], mapped[0])
+        if q_bias is not None:
+            queries = queries + q_bias
         queries = self._heads_first(queries, batch, length)
-        keys, values = (
-            proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
-            for proj in (self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if q_norm is not None:
+            queries = q_norm(queries)
         if inputs.position_embeddings is not None:
-            queries, keys = apply_rotary_pos_emb(queries, keys, *inputs.position_embeddings)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+            queries = _rotated(queries, inputs)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -138,11 +193,10 @@ class ModMoEAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **(inputs.arguments | kwargs),
         )
+        heads = self._tokens_first(heads)
         gates = None if routing is None else routing.top_k_weights
-        output = self.experts.reduce(self._tokens_first(heads), plan, self.top_k, gates)
-        if self.o_bias is not None:
-            output = output + self.o_bias
-        return output.view(batch, length, -1), weights, routing
+        reduced = [pool.reduce(heads, plan, self.top_k, gates) for pool, plan in zip(pools, plans, strict=True)]
+        return sum(reduced[1:], reduced[0]).view(batch, length, -1), weights
 
     def _heads_first(self, queries: torch.Tensor, batch: int, length: int) -> torch.Tensor:
         """(N * K, heads * D) -> (B, kv heads * K * group, T, D): query heads of one kv head are neighbours."""
@@ -156,40 +210,173 @@ class ModMoEAttention(nn.Module):
         return heads.transpose(2, 3).reshape(batch * length * self.top_k, -1)
 
 
+def _rotated(heads: torch.Tensor, inputs: AttentionInputs) -> torch.Tensor:
+    """RoPE of transformers, which wants queries and keys at once, on (B, heads, T, D)."""
+    assert inputs.position_embeddings is not None
+    return apply_rotary_pos_emb(heads, heads[:, :0], *inputs.position_embeddings)[0]
+
+
+class AttentionExtension(QueryExperts):
+    """
+    Query heads of an extension, on the keys and values of the layer.
+
+    They are a call of their own of the attention kernel: how many heads a kernel works on at once decides how it sums,
+    so that heads beside the old ones would change the last bits of these.
+    """
+
+    def __init__(self, config: ModMoEConfig, layer_idx: int, extension: Extension) -> None:
+        num_experts, top_k = extension.num_attn_experts, extension.num_attn_experts_per_tok
+        super().__init__(config, layer_idx, _router_with_null(config, num_experts, top_k), num_experts, top_k)
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """(B, T, H) -> (B, T, H) and the router output without null; `kwargs` are for `read`."""
+        assert self.gate is not None
+        routing = decline(self.gate(hidden_states.flatten(0, 1), token_mask))
+        return self.read(hidden_states, routing, added=[], **kwargs)[0], routing
+
+
+class ModMoEAttention(QueryExperts):
+    """A pool of attention experts over keys and values that they share, and its extensions."""
+
+    def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
+        num_experts, top_k = config.attn_experts_at(layer_idx)
+        gate = _router(config, num_experts, top_k, config.attn_router_rows_at(layer_idx))
+        super().__init__(config, layer_idx, gate, num_experts, top_k)
+        kv_size = self.num_kv_heads * self.head_dim
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.key_value_bias)
+        query_size = self.num_heads * self.head_dim
+        self.q_bias = nn.Parameter(torch.empty(query_size)) if config.query_bias else None
+        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.attention_output_bias else None
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.extensions = nn.ModuleDict()
+        for extension in config.extension_list():
+            count = extension.num_attn_experts
+            if count and extension.mode == "common":
+                experts = AttentionExperts(config.hidden_size, count, query_size)
+                self.extensions[extension.name] = AddedExperts(config, count, experts)
+            elif count:
+                self.extensions[extension.name] = AttentionExtension(config, layer_idx, extension)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        inputs: AttentionInputs,
+        token_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterOutput | None, list[RouterOutput]]:
+        """
+        (B, T, H) -> output (B, T, H); weights of the model's own heads (B, heads, T, S) or None; router output or
+        None; router outputs of extensions.
+        """
+        batch, length, _ = hidden_states.shape
+        added = [part for part in self.extensions.values() if isinstance(part, AddedExperts)]
+        routing = _routed(self.gate, added, hidden_states.flatten(0, 1), token_mask)
+        keys, values = (
+            proj(hidden_states).view(batch, length, self.num_kv_heads, self.head_dim).transpose(1, 2)
+            for proj in (self.k_proj, self.v_proj)
+        )
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)
+        if inputs.position_embeddings is not None:
+            keys = _rotated(keys, inputs)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        kwargs |= {"keys": keys, "values": values, "inputs": inputs, "q_bias": self.q_bias, "q_norm": self.q_norm}
+        output, weights = self.read(hidden_states, routing, added=added, **kwargs)
+        if self.o_bias is not None:
+            output = output + self.o_bias
+        routings = []
+        for part in self.extensions.values():
+            if isinstance(part, AttentionExtension):
+                more, own_routing = part(hidden_states, token_mask, **kwargs)
+                output = output + more
+                routings.append(own_routing)
+        return output, weights, routing, routings
+
+
+class FFNExtension(nn.Module):
+    """FFN experts of an extension, with a router that may choose none."""
+
+    def __init__(self, config: ModMoEConfig, extension: Extension) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = _router_with_null(config, extension.num_experts, extension.num_experts_per_tok)
+        self.experts = _ffn_pool(config, extension.num_experts)
+
+    def forward(self, flat: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, RouterOutput]:
+        """(N, H) -> (N, H) and the router output without null."""
+        routing = decline(self.gate(flat, token_mask))
+        index = _known_index(self.config, routing.top_k_index, self.experts.num_experts)
+        return self.experts(flat, index, routing.top_k_weights), routing
+
+
+def _ffn_pool(config: ModMoEConfig, num_experts: int) -> Any:
+    pool: Any = (GatedExperts if config.gated_ffn else PlainExperts)(config, num_experts, config.intermediate_size)
+    pool.has_bias = config.ffn_bias  # transformers' contract has it as a fact of the class
+    return pool
+
+
+def _known_index(config: ModMoEConfig, top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Implementations of others index weights with the id "none"; a gate of 0 makes any expert none."""
+    ours = config._experts_implementation in (None, "eager", grouped_experts.NAME, megablocks.NAME)
+    return top_k_index if ours else top_k_index.clamp(max=num_experts - 1)
+
+
 class ModMoEMLP(nn.Module):
-    """A pool of feed-forward experts, with optional shared ones."""
+    """A pool of feed-forward experts, with optional shared ones, and its extensions."""
 
     def __init__(self, config: ModMoEConfig, layer_idx: int) -> None:
         super().__init__()
         num_experts, top_k = config.experts_at(layer_idx)
-        dense, pool = (GatedFFN, GatedExperts) if config.gated_ffn else (PlainFFN, PlainExperts)
+        dense = GatedFFN if config.gated_ffn else PlainFFN
         self.config = config
         self.gate = _router(config, num_experts, top_k, config.router_rows_at(layer_idx))
-        experts: Any = (dense if self.gate is None else pool)(config, num_experts, config.intermediate_size)
-        experts.has_bias = config.ffn_bias  # transformers' contract has it as a fact of the class
-        self.experts = experts
+        self.experts = (
+            dense(config, 1, config.intermediate_size) if self.gate is None else _ffn_pool(config, num_experts)
+        )
         self.shared_expert = None
         if config.num_shared_experts:
             self.shared_expert = dense(config, 1, config.num_shared_experts * config.intermediate_size)
+        self.extensions = nn.ModuleDict()
+        for extension in config.extension_list():
+            count = extension.num_experts
+            if count and extension.mode == "common":
+                self.extensions[extension.name] = AddedExperts(config, count, _ffn_pool(config, count))
+            elif count:
+                self.extensions[extension.name] = FFNExtension(config, extension)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, RouterOutput | None]:
-        """(B, T, H) -> (B, T, H) and the router output, None in a dense layer."""
+    ) -> tuple[torch.Tensor, RouterOutput | None, list[RouterOutput]]:
+        """(B, T, H) -> (B, T, H); the router output, None in a dense layer; router outputs of extensions."""
         flat = hidden_states.flatten(0, 1)
-        if self.gate is None:
-            routing, output = None, self.experts(flat)
-        else:
-            routing = self.gate(flat, token_mask)
-            output = self.experts(flat, self._known_index(routing.top_k_index), routing.top_k_weights)
+        added = [part for part in self.extensions.values() if isinstance(part, AddedExperts)]
+        routing = _routed(self.gate, added, flat, token_mask)
+        output = self.experts(flat) if routing is None else self._chosen(flat, routing, added)
         if self.shared_expert is not None:
             output = output + self.shared_expert(flat)
-        return output.view_as(hidden_states), routing
+        routings = []
+        for part in self.extensions.values():
+            if isinstance(part, FFNExtension):
+                more, own_routing = part(flat, token_mask)
+                output = output + more
+                routings.append(own_routing)
+        return output.view_as(hidden_states), routing, routings
 
-    def _known_index(self, top_k_index: torch.Tensor) -> torch.Tensor:
-        """Implementations of others index weights with the id "none"; a gate of 0 makes any expert none."""
-        ours = self.config._experts_implementation in (None, "eager", grouped_experts.NAME, megablocks.NAME)
-        return top_k_index if ours else top_k_index.clamp(max=cast(Router, self.gate).num_experts - 1)
+    def _chosen(self, flat: torch.Tensor, routing: RouterOutput, added: list[AddedExperts]) -> torch.Tensor:
+        gate = cast(Router, self.gate)
+        pools: list[Any] = [self.experts, *(part.experts for part in added)]
+        sizes = [gate.num_experts, *(pool.num_experts for pool in pools[1:])]
+        outputs = []
+        for pool, size, index in zip(pools, sizes, _choices(routing.top_k_index, gate, added), strict=True):
+            gates = routing.top_k_weights.masked_fill(index == size, 0.0) if added else routing.top_k_weights
+            outputs.append(pool(flat, _known_index(self.config, index, size), gates))
+        return sum(outputs[1:], outputs[0])
 
 
 class ModMoEDecoderLayer(GradientCheckpointingLayer):
@@ -209,20 +396,21 @@ class ModMoEDecoderLayer(GradientCheckpointingLayer):
         token_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> LayerOutput:
-        """(B, T, H) -> (B, T, H) and what the two routers decided, None for a dense side."""
-        attended, _, attn_routing = self.self_attn(
+    ) -> tuple[torch.Tensor | None, ...]:
+        """(B, T, H) -> (B, T, H) and what the routers decided, None for a dense side: `LayerOutput`, flat."""
+        attended, _, attn_routing, attn_extensions = self.self_attn(
             self.input_layernorm(hidden_states), inputs, token_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        transformed, routing = self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+        transformed, routing, extensions = self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
         return LayerOutput(
             hidden_states + transformed,
             None if attn_routing is None else attn_routing.logits,
             None if attn_routing is None else attn_routing.top_k_index,
             None if routing is None else routing.logits,
             None if routing is None else routing.top_k_index,
-        )
+            tuple(t for r in (*extensions, *attn_extensions) for t in (r.logits, r.top_k_index)),
+        ).flat()
 
 
 class ModMoEPreTrainedModel(StrictPreTrainedModel):
@@ -305,7 +493,7 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
         elif isinstance(module, ModMoEAttention):
             for bias in module.parameters(recurse=False):
                 init.zeros_(bias)
-        elif isinstance(module, ExpertLinear | GatedFFN | PlainFFN):
+        elif isinstance(module, ExpertLinear | GatedFFN | PlainFFN | RouterRows):
             for name, weight in module.named_parameters(recurse=False):
                 if name.endswith("_bias"):
                     init.zeros_(weight)
@@ -313,20 +501,36 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
                     init.normal_(weight, mean=0.0, std=std)
 
     def routed_pools(self) -> list[tuple[Router, nn.Module]]:
-        """Every router with its experts: FFN routers layer by layer, then attention routers."""
+        """Every router of the model's own with its experts: FFN routers layer by layer, then attention routers."""
+        return [(side.gate, side.experts) for side in self._sides() if side.gate is not None]
+
+    def extension_pools(self, name: str) -> list[tuple[nn.Module, nn.Module]]:
+        """What holds the rows of an extension's router, with its experts, in the order of `routed_pools`."""
+        parts = [side.extensions[name] for side in self._sides() if name in side.extensions]
+        return [(part.gate, part.experts) for part in parts]
+
+    def _sides(self) -> list[Any]:
         layers = self.base_model.layers
-        sides = [layer.mlp for layer in layers] + [layer.self_attn for layer in layers]
-        return [(side.gate, side.experts) for side in sides if side.gate is not None]
+        return [layer.mlp for layer in layers] + [layer.self_attn for layer in layers]
 
     def num_active_parameters(self) -> int:
         """Parameters that one token passes through: all but embedding, output layer and unused experts."""
         vocabulary = [self.get_input_embeddings(), self.get_output_embeddings(), self.base_model.embed_positions]
         total = sum(p.numel() for p in self.parameters())
         total -= sum(p.numel() for p in {m.weight for m in vocabulary if m is not None})
-        for router, experts in self.routed_pools():
-            idle = router.num_experts - router.top_k
-            total -= sum(p.numel() // router.num_experts * idle for p in experts.parameters())
+        for experts, num_experts, active in self.pool_sizes():
+            total -= sum(p.numel() // num_experts * (num_experts - active) for p in experts.parameters())
         return total
+
+    def pool_sizes(self) -> list[tuple[nn.Module, int, int]]:
+        """Every pool of experts, extensions included, how many it has in all, and how many a token uses at most."""
+        pools = [(experts, router.num_experts, router.top_k) for router, experts in self.routed_pools()]
+        for extension in self.config.extension_list():
+            for gate, experts in self.extension_pools(extension.name):
+                # Common experts have no slots of their own: one of them is used in place of an old one.
+                active = gate.top_k if isinstance(gate, Router) else 0
+                pools.append((experts, cast(int, experts.num_experts), active))
+        return pools
 
 
 class ModMoEModel(ModMoEPreTrainedModel):
@@ -340,6 +544,10 @@ class ModMoEModel(ModMoEPreTrainedModel):
         softmax, learned = config.attention_type == "softmax", config.position_embedding == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = LlamaRotaryEmbedding(config) if softmax and not learned else None
+        groups = [extension for extension in config.extension_list() if extension.mode == "group"]
+        # In the order of `LayerOutput.extensions`; one for each side that has new experts.
+        self._extension_routers = [e.name for e in groups if e.num_experts]
+        self._extension_routers += [e.name for e in groups if e.num_attn_experts]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -386,8 +594,8 @@ class ModMoEModel(ModMoEPreTrainedModel):
         hidden_states = inputs_embeds
         routing: list[LayerOutput] = []
         for layer in self.layers:
-            output = LayerOutput(
-                *layer(hidden_states, inputs, token_mask=token_mask, past_key_values=past_key_values, **kwargs)
+            output = LayerOutput.of(
+                layer(hidden_states, inputs, token_mask=token_mask, past_key_values=past_key_values, **kwargs)
             )
             hidden_states = output.hidden_states
             routing.append(output)
@@ -398,7 +606,16 @@ class ModMoEModel(ModMoEPreTrainedModel):
             result.router_indices = _present(o.router_index for o in routing)
             result.attn_router_logits = _present(o.attn_router_logits for o in routing)
             result.attn_router_indices = _present(o.attn_router_index for o in routing)
+            if self._extension_routers:
+                result.extension_router_logits = self._by_extension([o.extensions[0::2] for o in routing])
+                result.extension_router_indices = self._by_extension([o.extensions[1::2] for o in routing])
         return result
+
+    def _by_extension(self, layers: list[tuple[torch.Tensor, ...]]) -> dict[str, tuple[torch.Tensor, ...]]:
+        """Tensors of each layer in the order of `LayerOutput.extensions` -> those of each extension, FFN first."""
+        columns = list(zip(self._extension_routers, zip(*layers, strict=True), strict=True))
+        names = dict.fromkeys(self._extension_routers)
+        return {name: tuple(t for other, column in columns if other == name for t in column) for name in names}
 
     def token_mask(self, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
         """(N,) bool, the tokens that routers see; None is all."""
@@ -424,13 +641,23 @@ class WithRouterLosses(ModMoEPreTrainedModel):
     def _statistics(
         self, outputs: ModMoEModelOutputWithPast, attention_mask: torch.Tensor | None
     ) -> RouterStatistics | None:
-        """Sums over this forward's tokens, FFN routers before attention routers; None if there is no router."""
+        """
+        Sums over this forward's tokens: FFN routers, attention routers, extensions; None if there is no router.
+
+        The null choice of an extension is no expert, and a token that makes it counts for no expert: losses share out
+        among the new experts what comes to them, and leave it to the cross entropy how much that is.
+        """
         logits = (*(outputs.router_logits or ()), *(outputs.attn_router_logits or ()))
         if not logits:
             return None
         indices = (*(outputs.router_indices or ()), *(outputs.attn_router_indices or ()))
         mask = self.model.token_mask(attention_mask, outputs.last_hidden_state.shape[1])
-        return RouterStatistics.of(logits, indices, mask)
+        vectors = RouterStatistics.of(logits, indices, mask).vectors
+        for name, added in (outputs.extension_router_logits or {}).items():
+            for scores, index in zip(added, cast(dict, outputs.extension_router_indices)[name], strict=True):
+                uses = (index < scores.shape[-1]).any(-1)
+                vectors += RouterStatistics.of([scores], [index], uses).vectors
+        return RouterStatistics(vectors)
 
     @torch.no_grad()
     def router_statistics(self, attention_mask: torch.Tensor | None = None, **inputs: Any) -> RouterStatistics:
@@ -493,6 +720,7 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         keys = ["past_key_values", "hidden_states", "attentions"]
         if with_routing:
             keys += ["router_logits", "attn_router_logits", "router_indices", "attn_router_indices"]
+            keys += ["extension_router_logits", "extension_router_indices"]
         return ModMoECausalLMOutputWithPast(logits=logits, **{k: outputs.get(k) for k in keys})
 
     def _add_losses(
@@ -510,9 +738,12 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         losses = self._router_losses(statistics, *shares)
         result.loss = task_loss + self.config.router_aux_loss_coef * losses.contribution
         result.aux_loss, result.aux_losses = losses.aux_loss, losses.parts
-        loads, ffn_routers = statistics.tokens_per_expert(), len(outputs.router_logits)
-        result.tokens_per_expert = tuple(loads[:ffn_routers])
-        result.attn_tokens_per_expert = tuple(loads[ffn_routers:])
+        loads = iter(statistics.tokens_per_expert())
+        result.tokens_per_expert = tuple(next(loads) for _ in outputs.router_logits or ())
+        result.attn_tokens_per_expert = tuple(next(loads) for _ in outputs.attn_router_logits or ())
+        if outputs.extension_router_logits is not None:
+            added = outputs.extension_router_logits.items()
+            result.extension_tokens_per_expert = {name: tuple(next(loads) for _ in logits) for name, logits in added}
 
     @torch.no_grad()
     def update_selection_bias(
@@ -523,6 +754,8 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         """
         b <- b + rate * sign(mean load - load), once per optimizer step (arXiv:2408.15664, algorithm 1).
 
+        Routers whose weights are frozen keep theirs: it is as much a part of what they know.
+
         Args:
             tokens_per_expert, attn_tokens_per_expert: as in the outputs, summed over micro-steps and ranks.
         """
@@ -531,6 +764,8 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         loads = (*tokens_per_expert, *attn_tokens_per_expert)
         for (router, _), load in zip(self.routed_pools(), loads, strict=True):
             assert router.selection_bias is not None
+            if not router.weight.requires_grad:
+                continue
             load = load.to(router.selection_bias)
             router.selection_bias += self.config.selection_bias_update_rate * (load.mean() - load).sign()
 

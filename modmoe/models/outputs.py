@@ -18,11 +18,17 @@ class ModMoEModelOutputWithPast(MoeModelOutputWithPast):
         attn_router_logits: of the attention routers, (N, E) fp32.
         router_indices: choices of the FFN routers, (N, K) int64; E for a token that is not routed.
         attn_router_indices: choices of the attention routers.
+        extension_router_logits: of each extension with routers of its own, by name, (N, E) fp32: its FFN routers, then
+            its attention routers, layer by layer. Without the null choice.
+        extension_router_indices: their choices, (N, K) int64; E for a slot that has no expert. "common" extensions
+            are behind the model's own experts in the tensors above.
     """
 
     attn_router_logits: tuple[torch.Tensor, ...] | None = None
     router_indices: tuple[torch.Tensor, ...] | None = None
     attn_router_indices: tuple[torch.Tensor, ...] | None = None
+    extension_router_logits: dict[str, tuple[torch.Tensor, ...]] | None = None
+    extension_router_indices: dict[str, tuple[torch.Tensor, ...]] | None = None
 
 
 @dataclass
@@ -40,12 +46,16 @@ class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         aux_losses: the losses that `aux_loss` is made of by name, detached.
         tokens_per_expert: per FFN router (E,) fp32, how many local tokens chose each expert.
         attn_tokens_per_expert: the same for attention routers.
+        extension_tokens_per_expert: the same by name for the routers of extensions, in the order of their logits.
     """
 
     attn_router_logits: tuple[torch.Tensor, ...] | None = None
     router_indices: tuple[torch.Tensor, ...] | None = None
     attn_router_indices: tuple[torch.Tensor, ...] | None = None
+    extension_router_logits: dict[str, tuple[torch.Tensor, ...]] | None = None
+    extension_router_indices: dict[str, tuple[torch.Tensor, ...]] | None = None
     cross_entropy: torch.Tensor | None = None
     aux_losses: dict[str, torch.Tensor] | None = None
     tokens_per_expert: tuple[torch.Tensor, ...] | None = None
     attn_tokens_per_expert: tuple[torch.Tensor, ...] | None = None
+    extension_tokens_per_expert: dict[str, tuple[torch.Tensor, ...]] | None = None

@@ -23,9 +23,9 @@ def parameter_counts(model: ModMoEForCausalLM) -> tuple[int, int]:
     """Parameters in all, and those that one token uses."""
     total = sum(_size(p) for p in model.parameters())
     idle = 0
-    for router, experts in model.routed_pools():
+    for experts, num_experts, active in model.pool_sizes():
         pool = sum(_size(p) for p in experts.parameters())
-        idle += pool * (router.num_experts - router.top_k) // router.num_experts
+        idle += pool * (num_experts - active) // num_experts
     return total, total - idle
 
 
@@ -51,9 +51,10 @@ def attention_flops_per_token(config: ModMoEConfig, sequence_length: int) -> flo
     Stick-breaking takes the same products as softmax; that it may stop early, and that packed documents are shorter
     than the sequence, is not deducted.
     """
-    heads = sum(
-        config.attn_experts_at(layer)[1] * config.num_attention_heads for layer in range(config.num_hidden_layers)
-    )
+    slots = sum(config.attn_experts_at(layer)[1] for layer in range(config.num_hidden_layers))
+    groups = [e for e in config.extension_list() if e.num_attn_experts and e.mode == "group"]
+    slots += config.num_hidden_layers * sum(extension.num_attn_experts_per_tok for extension in groups)
+    heads = slots * config.num_attention_heads
     assert config.head_dim is not None
     forward = 2 * 2 * heads * config.head_dim * (sequence_length / 2 if config.is_causal else sequence_length)
     return 3.0 * forward

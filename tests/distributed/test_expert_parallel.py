@@ -104,6 +104,16 @@ CASES = {
     "shared expert, gated": ({"num_shared_experts": 1, "gated_ffn": True, "hidden_act": "silu"}, True, False),
     "softmax, linear router": ({"attention_type": "softmax", "router_type": "linear"}, True, False),
     "eager experts": ({"experts_implementation": "eager"}, True, False),
+    "extensions": (
+        {
+            "extensions": [
+                {"name": "group", "num_experts": 3, "num_experts_per_tok": 2, "num_attn_experts": 1},
+                {"name": "common", "num_experts": 1, "num_attn_experts": 3, "mode": "common"},
+            ]
+        },
+        True,
+        False,
+    ),
     "other counts per layer": ({"num_experts": [4, 8], "num_attn_experts": [1, 4]}, False, False),
 }
 

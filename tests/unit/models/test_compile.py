@@ -5,6 +5,14 @@ import torch
 
 from .conftest import build
 
+EXTENDED = {
+    "num_hidden_layers": 1,
+    "extensions": [
+        {"name": "group", "num_experts": 3, "num_experts_per_tok": 2, "num_attn_experts": 2},
+        {"name": "common", "num_experts": 1, "num_attn_experts": 2, "mode": "common"},
+    ],
+}
+
 
 def compare(backend: str, ids: torch.Tensor, **changes) -> None:
     torch._dynamo.reset()
@@ -23,8 +31,8 @@ def compare(backend: str, ids: torch.Tensor, **changes) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_type": "softmax", "num_experts": 1}, {"gated_ffn": False, "router_type": "gmm"}],
-    ids=["stickbreaking", "softmax", "gmm"],
+    [{}, {"attention_type": "softmax", "num_experts": 1}, {"gated_ffn": False, "router_type": "gmm"}, EXTENDED],
+    ids=["stickbreaking", "softmax", "gmm", "extended"],
 )
 def test_fullgraph(ids, changes):
     compare("aot_eager", ids, **changes)

@@ -227,3 +227,15 @@ def test_converter_accounts_for_every_key(ibm, tmp_path):
     assert result.returncode == 2
     assert "1 tensors have no place in the model, such as transformer.extra" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_logits_do_not_depend_on_where_weights_lie_in_their_file(native, ids):
+    """Matrix products on a CPU sum in another order where a matrix begins at an odd address."""
+    expected = AutoModelForCausalLM.from_pretrained(native)(ids).logits
+    for padding in range(0, 64, 8):
+        tensors = load_file(native / "model.safetensors")
+        save_file(tensors, native / "model.safetensors", metadata={"format": "pt", "note": "x" * padding})
+        model = AutoModelForCausalLM.from_pretrained(native)
+        assert not any(p.data_ptr() % 64 for p in model.parameters())
+        assert model(ids).logits.equal(expected)

@@ -54,7 +54,7 @@ def x() -> torch.Tensor:
 
 @pytest.mark.parametrize(("method", "top_k"), [("copy", 1), ("copy", 3), ("copy", 8), ("cluster", 8)])
 def test_the_start_equals_the_dense_ffn(dense, x, method, top_k):
-    expected, _ = dense(x)
+    expected, _, _ = dense(x)
     assert expected.abs().max() > 10
     torch.testing.assert_close(pool(dense, method, top_k)(x)[0], expected, rtol=0, atol=1e-10)
 
@@ -62,7 +62,7 @@ def test_the_start_equals_the_dense_ffn(dense, x, method, top_k):
 def test_fewer_clusters_are_the_sum_of_their_neurons(dense, x):
     """And the output bias counts once."""
     routed = pool(dense, "cluster", 3)
-    output, routing = routed(x)
+    output, routing, _ = routed(x)
     weights, expected = dense.experts.state_dict(), torch.zeros_like(x)
     hidden = dense.experts.activate(
         F.linear(x, weights[dense.experts.up_name][0], weights.get(dense.experts.bias_name, [None])[0])
@@ -96,7 +96,7 @@ def test_router_rows_point_to_the_clusters_keys(gated):
     group = torch.arange(24) % 8
     keys.copy_(0.1 * keys + 5 * torch.eye(16, dtype=torch.float64)[group])
     routed = pool(dense, "cluster", 1)
-    _, routing = routed(torch.eye(16, dtype=torch.float64)[None, :8])
+    _, routing, _ = routed(torch.eye(16, dtype=torch.float64)[None, :8])
     chosen = neurons_of(routed, dense)[routing.top_k_index[:, 0]]
     assert torch.equal(group[chosen], torch.arange(8)[:, None].expand(8, 3))
 
