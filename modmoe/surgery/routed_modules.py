@@ -41,7 +41,7 @@ class RoutedModule:
 
 def find_routed_modules(model: nn.Module) -> list[RoutedModule]:
     """
-    All routers of a model, layer by layer, attention before FFN.
+    All routers of a model, layer by layer, attention before FFN; those of extensions are left out.
 
     Raises:
         ValueError: a model without routed experts, experts without a router beside them, or two in one place.
@@ -50,6 +50,8 @@ def find_routed_modules(model: nn.Module) -> list[RoutedModule]:
     for name, module in model.named_modules():
         is_attention = isinstance(module, AttentionExperts)
         if not is_attention and not all(hasattr(module, attribute) for attribute in _DECORATED):
+            continue
+        if ".extensions." in name:
             continue
         parent_name = name.rpartition(".")[0]
         router = _router_beside(model.get_submodule(parent_name))

@@ -1,4 +1,4 @@
-"""Tiny dense models of each family, and how to compare with them in float64."""
+"""Tiny dense models of each family, and how to compare with them in float64; tiny modular ones on the disk."""
 
 import pytest
 import torch
@@ -15,6 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from modmoe import ModMoEForCausalLM
+
+from ..models.conftest import build
 
 SIZES = {
     "vocab_size": 61,
@@ -78,3 +82,21 @@ def wide_norms(monkeypatch) -> None:
 
     for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
         monkeypatch.setattr(norm, "forward", forward)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a small model, with files that other programs keep beside it; returns the directory."""
+
+    def save(name="base", dtype=torch.float32, **changes):
+        build(**changes).to(dtype).save_pretrained(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+        (tmp_path / name / "optimizer.pt").write_text("")
+        return tmp_path / name
+
+    return save
+
+
+@torch.no_grad()
+def logits(directory, ids, **options):
+    return ModMoEForCausalLM.from_pretrained(directory, dtype="auto", **options).eval()(ids).logits

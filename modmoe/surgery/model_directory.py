@@ -1,0 +1,155 @@
+"""Native models on the disk: read tensor by tensor, and written beside the one they were made from."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from modmoe.models import ModMoEConfig
+from modmoe.models.extension import Extension
+from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
+
+_CONFIG = "config.json"
+# Weights in any form, and the state of a training run.
+_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt")
+
+
+class ModelDirectory:
+    """
+    A saved native model. Nothing large is read.
+
+    Attributes:
+        path: where it is.
+        fields: of config.json.
+        config: what they say.
+        weights: the tensors, each read when it is asked for.
+        specs: what is known of them without reading.
+
+    Raises:
+        FileNotFoundError: no such directory, no config.json, no safetensors, or one of several missing.
+        ValueError: a damaged file, or a model of another type.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fields = read_json(path / _CONFIG, "give the directory of a saved model")
+        kind = self.fields.get("model_type")
+        if kind != ModMoEConfig.model_type:
+            remedy = "convert it with tools/convert_moduleformer.py" if kind == "moduleformer" else "upcycle it"
+            raise ValueError(f"{path} has model_type {kind!r}, not {ModMoEConfig.model_type!r}: {remedy} first")
+        self.config = native_config(self.fields)
+        self.weights = SavedWeights(path)
+        self.specs = {name: self.weights.spec(name) for name in self.weights}
+
+    @property
+    def prefix(self) -> str:
+        """What stands before "layers" in the names of tensors; depends on the class that saved them."""
+        return "model." if any(name.startswith("model.") for name in self.weights) else ""
+
+    def extension(self, name: str) -> Extension:
+        """
+        Raises:
+            ValueError: if the model has no such extension.
+        """
+        extensions = {extension.name: extension for extension in self.config.extension_list()}
+        if name not in extensions:
+            raise ValueError(f"{self.path} has no extension {name!r}: it has {', '.join(extensions) or 'none'}")
+        return extensions[name]
+
+    def base_names(self) -> list[str]:
+        """Names of the tensors that belong to no extension."""
+        extensions = self.config.extension_list()
+        return [name for name in self.weights if not any(extension.owns(name) for extension in extensions)]
+
+
+def native_config(fields: Mapping[str, Any]) -> ModMoEConfig:
+    """
+    Raises:
+        ValueError: fields that are unknown or contradict each other, in one sentence.
+    """
+    try:
+        return ModMoEConfig.from_dict(dict(fields))
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from None
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """
+    Raises:
+        FileNotFoundError: if there is no such file; `remedy` says what to give.
+        ValueError: if it holds no object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}: {remedy}")
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or save it again") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds no object of fields: copy or save it again")
+    return fields
+
+
+def check_new(out: Path) -> None:
+    """
+    Raises:
+        FileExistsError: if `out` exists.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists: name a new directory")
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """
+    A directory to write to, which becomes `out` once the block has ended well; else nothing is left.
+
+    Raises:
+        FileExistsError: if `out` exists.
+    """
+    check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        written = Path(scratch) / "written"
+        written.mkdir()
+        yield written
+        os.replace(written, out)
+
+
+def write_model(
+    source: ModelDirectory,
+    out: Path,
+    fields: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    pieces: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """
+    Write a model with the tokenizer and the other small files of `source`.
+
+    Args:
+        source: not modified.
+        out: a new directory, which appears once it is complete.
+        fields: of config.json.
+        specs: name -> dtype and shape of every tensor.
+        pieces: names and elements, those of a tensor in memory order.
+
+    Raises:
+        FileExistsError: if `out` exists.
+        OSError: where the disk cannot take it.
+    """
+    with new_directory(out) as written:
+        for file in sorted(source.path.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOT_COPIED):
+                shutil.copyfile(file, written / file.name)
+        # As transformers writes it, so that an unchanged config is the same file.
+        (written / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        with WeightsWriter(written, specs) as writer:
+            for name, piece in pieces:
+                writer.write(name, piece)
