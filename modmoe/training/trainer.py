@@ -82,6 +82,8 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any] | None:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
+        # Else accelerate replaces an offloaded optimizer by one that is compiled at the start.
+        "zero_force_ds_cpu_optimizer": False,
         **run.deepspeed,
     }
     if run_precision(run) == "bf16" and not stores_bf16(run):

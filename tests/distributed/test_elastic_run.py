@@ -65,16 +65,16 @@ def options(directory, name, accumulation, deepspeed, size=1):
     return [*paths, *batch, "--deepspeed", json.dumps(deepspeed) if deepspeed else "null"]
 
 
-def stage(number):
-    return {"zero_optimization": {"stage": number}}
+def stage(number, **section):
+    return {"zero_optimization": {"stage": number, **section}}
 
 
-def check_moved_run(directory, *common):
+def check_moved_run(directory, *common, sharded=stage(3)):
     """One process, two of them with other experts each, and one again: as if nothing had happened."""
     straight = run_ranks(launch, 1, [*options(directory, "straight", 2, None), *common], None, joined=False)
     moved = [
         run_ranks(launch, 1, [*options(directory, "moved", 2, stage(1)), *common], 2, joined=False),
-        run_ranks(launch, 2, [*options(directory, "moved", 1, stage(3), size=2), *common], 4, joined=False),
+        run_ranks(launch, 2, [*options(directory, "moved", 1, sharded, size=2), *common], 4, joined=False),
         run_ranks(launch, 1, [*options(directory, "moved", 2, None), *common], None, joined=False),
     ]
     assert [[p.error for p in parts] for parts in moved] == [[None], [None, None], [None]]
@@ -92,6 +92,11 @@ def check_moved_run(directory, *common):
 
 def test_a_run_that_changes_its_cluster_twice_is_the_same_run(tmp_path):
     check_moved_run(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_offloads_the_optimizer_is_too(tmp_path):
+    check_moved_run(tmp_path, sharded=stage(3, offload_optimizer={"device": "cpu"}))
 
 
 @pytest.mark.slow

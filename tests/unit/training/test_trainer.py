@@ -454,6 +454,12 @@ def test_a_switched_off_bf16_part_is_no_bf16_part(make_run):
         assert ("torch_autocast" in deepspeed_config(run)) == (precision == "bf16")
 
 
+def test_an_offloaded_optimizer_stays_the_one_of_the_config(make_run):
+    """accelerate would replace it by one that is compiled at the start and does not resume exactly."""
+    section = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert deepspeed_config(make_run({"deepspeed": section}))["zero_force_ds_cpu_optimizer"] is False
+
+
 def test_bf16_trains(make_run):
     run = make_run({"optimization.precision": "bf16", "optimization.steps": 2})
     trainer = train(run)
