@@ -1,4 +1,4 @@
-"""Pretraining data: documents from embedded, local and hub sources, tokenised once and packed into blocks."""
+"""Training data: documents from embedded, local and hub sources, tokenised once and packed into blocks."""
 
 from .config import SourceConfig, TokenizerConfig
 from .dataset import PackedDataset, PackedStream

@@ -7,9 +7,11 @@ import math
 import re
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from .embedded import EMBEDDED_DOMAINS
+
+RowFormatName = Literal["text", "completion", "chat"]
 
 # 256 bytes plus the two special tokens <|endoftext|> and <|pad|>.
 MIN_VOCAB_SIZE = 258
@@ -33,8 +35,18 @@ class SourceConfig:
     anything else is plain text; all but parquet may be gzipped (.gz)."""
     weight: float = 1.0
     """Share of the training blocks relative to the weights of the other sources, > 0."""
+    format: RowFormatName = "text"
+    """What rows of datasets, jsonl and parquet files hold: "text"; "completion", of which the prompt is read and the
+    completion learned; "chat", of which the assistant's messages are learned, in the tokenizer's chat template."""
     text_field: str = "text"
-    """Column that holds the text in datasets, jsonl and parquet files."""
+    """Column that holds the text; format "text"."""
+    prompt_field: str = "prompt"
+    """Column that holds what is only read; format "completion"."""
+    completion_field: str = "completion"
+    """Column that holds what is learned; nothing is put between the two, so begin it with a space if there is to be
+    one; format "completion"."""
+    messages_field: str = "messages"
+    """Column that holds a list of messages, each with a role and a content; format "chat"."""
     config: str | None = None
     """Configuration ("subset") of `dataset`."""
     split: str = "train"
@@ -75,6 +87,8 @@ class SourceConfig:
             )
         if self.embedded:
             require(self.embedded in EMBEDDED_DOMAINS, "embedded", f"one of {list(EMBEDDED_DOMAINS)}")
+        require(self.format in get_args(RowFormatName), "format", f"one of {list(get_args(RowFormatName))}")
+        require(not self.embedded or self.format == "text", "format", "'text' with embedded")
         if not self.dataset:
             require(self.config is None, "config", "unset without dataset")
             require(self.split == "train", "split", "unset without dataset")
@@ -82,9 +96,10 @@ class SourceConfig:
         if not self.files:
             require(not self.validation_files, "validation_files", "unset without files")
         require(is_number(self.weight) and 0 < self.weight < math.inf, "weight", "a finite number > 0")
-        for field_name, allowed in (("text_field", "the name of a column"), ("split", "the name of a split")):
-            value = getattr(self, field_name)
-            require(isinstance(value, str) and bool(value), field_name, allowed)
+        columns = ("text_field", "prompt_field", "completion_field", "messages_field")
+        for field_name in (*columns, "split"):
+            value, what = getattr(self, field_name), "split" if field_name == "split" else "column"
+            require(isinstance(value, str) and bool(value), field_name, f"the name of a {what}")
         require(isinstance(self.streaming, bool), "streaming", "true or false")
         require(self.max_bytes is None or is_count(self.max_bytes), "max_bytes", "an integer > 0 or None")
         in_range = is_number(self.validation_fraction) and 0 <= self.validation_fraction < 1

@@ -1,11 +1,11 @@
 """Blocks of one domain: a dataset over a token store, and an endless stream tokenised on the fly."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from .packing import pack_documents, packed_example
+from .packing import pack_documents
 from .sources import Source
 from .store import TokenStore
 from .tokenizer import DocumentEncoder
@@ -19,23 +19,23 @@ class PackedDataset(Dataset[Example]):
     Args:
         store: the tokens.
         sequence_length: tokens per block.
-        eos_token_id: the last token of every document.
+        make_example: of the encoder that made the tokens.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, eos_token_id: int) -> None:
+    def __init__(self, store: TokenStore, sequence_length: int, make_example: Callable[[np.ndarray], Example]) -> None:
         self._store = store
         self._sequence_length = sequence_length
-        self._eos_token_id = eos_token_id
+        self._make_example = make_example
 
     def __len__(self) -> int:
         return self._store.num_tokens // self._sequence_length
 
     def __getitem__(self, index: int) -> Example:
-        """Return block `index` as `packed_example` does."""
+        """Return block `index` as `packed_example` or `marked_example` does."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * self._sequence_length
-        return packed_example(self._store.read(start, start + self._sequence_length), self._eos_token_id)
+        return self._make_example(self._store.read(start, start + self._sequence_length))
 
 
 class PackedStream:
@@ -56,7 +56,7 @@ class PackedStream:
         while True:
             block = None
             for block in pack_documents(self._tokens(), self._sequence_length):
-                yield packed_example(block, self._encoder.eos_token_id)
+                yield self._encoder.make_example(block)
             if block is None:
                 raise ValueError(
                     f"source {self._source.config.name!r}: training text is shorter than one block of "
@@ -65,4 +65,4 @@ class PackedStream:
 
     def _tokens(self) -> Iterator[np.ndarray]:
         for document in self._source.documents("train"):
-            yield from self._encoder.encode([document.text])
+            yield from self._encoder.encode_documents([document])

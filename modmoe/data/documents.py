@@ -6,6 +6,8 @@ from hashlib import blake2b
 from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation"]
+Span = tuple[int, int]
+"""Characters of a text, from the first to the one behind the last."""
 
 # A validation split holds at least this much text, or this share of the corpus where that is less: evaluation
 # on two or three documents says nothing.
@@ -18,11 +20,27 @@ class Document(NamedTuple):
 
     key: str
     text: str
+    learned: tuple[Span, ...] | None = None
+    """What is to be predicted, ascending; the rest is only read. None: all of it."""
 
     @property
     def num_bytes(self) -> int:
         """Length of the text in UTF-8."""
         return len(self.text.encode())
+
+    @property
+    def learned_text(self) -> str:
+        """The parts that are to be predicted."""
+        return "".join(text for text, learned in self.segments() if learned)
+
+    def segments(self) -> Iterator[tuple[str, bool]]:
+        """The text in parts, and whether each is to be predicted."""
+        end = 0
+        for start, stop in ((0, len(self.text)),) if self.learned is None else self.learned:
+            yield self.text[end:start], False
+            yield self.text[start:stop], True
+            end = stop
+        yield self.text[end:], False
 
 
 def hash_unit(key: str, salt: bytes = b"") -> float:

@@ -25,10 +25,13 @@ def document_positions(tokens: np.ndarray, eos_token_id: int) -> np.ndarray:
     Returns:
         (T,) int64.
     """
-    index = np.arange(len(tokens))
-    starts = np.zeros(len(tokens), dtype=np.int64)
-    starts[1:] = np.where(tokens[:-1] == eos_token_id, index[1:], 0)
-    return index - np.maximum.accumulate(starts)
+    return _positions(np.append(True, tokens[:-1] == eos_token_id))
+
+
+def _positions(first: np.ndarray) -> np.ndarray:
+    """(T,) bool, the first tokens of documents -> (T,) int64, each token's number in its document."""
+    index = np.arange(len(first))
+    return index - np.maximum.accumulate(np.where(first, index, 0))
 
 
 def packed_example(tokens: np.ndarray, eos_token_id: int) -> dict[str, np.ndarray]:
@@ -46,6 +49,32 @@ def packed_example(tokens: np.ndarray, eos_token_id: int) -> dict[str, np.ndarra
     position_ids = document_positions(tokens, eos_token_id)
     labels = np.where(position_ids == 0, IGNORE_INDEX, input_ids)
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+
+
+# Of the 32 bits that a token of a document with parts to be predicted is stored in, the two highest are marks.
+LEARNED = np.uint32(1 << 31)
+"""To be predicted."""
+FIRST = np.uint32(1 << 30)
+"""The first of its document: end-of-sequence tokens may stand within one, after each turn of a conversation."""
+
+
+def marked_example(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Make a training example of one block of marked tokens.
+
+    Args:
+        tokens: (T,) uint32, ids with marks.
+
+    Returns:
+        As `packed_example`; labels are also -100 where a token is not to be predicted.
+    """
+    input_ids = (tokens & ~(LEARNED | FIRST)).astype(np.int64)
+    position_ids = _positions((tokens & FIRST) != 0)
+    learned = ((tokens & LEARNED) != 0) & (position_ids > 0)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "labels": np.where(learned, input_ids, IGNORE_INDEX),
+    }
 
 
 def pack_documents(documents: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:

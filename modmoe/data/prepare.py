@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from .config import SourceConfig, TokenizerConfig
 from .dataset import PackedDataset, PackedStream
 from .documents import Split
+from .marked import MarkedEncoder
 from .mixture import MixtureDataset, StreamingMixture
 from .sources import Source, stable_hash
 from .statistics import DomainStatistics, SplitStatistics, byte_unigram_entropy, gzip_bits_per_byte
 from .store import STORE_FORMAT, TokenStore, build_store
-from .tokenizer import DocumentEncoder, load_tokenizer
+from .tokenizer import DocumentEncoder, existing_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +69,18 @@ def prepare_data(
         OSError: if the disk is full; what is finished is kept.
     """
     _check_arguments(sources, sequence_length, seed, num_train_blocks)
-    opened = {config.name: Source(config) for config in sources}
     cache_dir = Path(cache_dir)
-    loaded_tokenizer = load_tokenizer(tokenizer, list(opened.values()), cache_dir / "tokenizers")
-    encoder = DocumentEncoder(loaded_tokenizer)
+    existing = None if tokenizer.name is None else existing_tokenizer(tokenizer.name)
+    opened = {config.name: Source(config, existing) for config in sources}
+    loaded_tokenizer = existing or load_tokenizer(tokenizer, list(opened.values()), cache_dir / "tokenizers")
+    encoders = {format_: _encoder(format_, loaded_tokenizer) for format_ in {config.format for config in sources}}
 
     train: dict[str, PackedDataset | PackedStream] = {}
     validation: dict[str, PackedDataset] = {}
     statistics: dict[str, DomainStatistics] = {}
     for name, source in opened.items():
         held_out = train_store = None
+        encoder = encoders[source.config.format]
         if source.has_validation:
             held_out = _store(source, "validation", encoder, cache_dir)
             validation[name] = _blocks(held_out, name, "validation", sequence_length, encoder)
@@ -92,6 +95,12 @@ def prepare_data(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     weights = {config.name: float(config.weight) for config in sources}
     return PreparedData(loaded_tokenizer, _mixture(train, weights, num_train_blocks, seed), validation, statistics)
+
+
+def _encoder(format_: str, tokenizer: PreTrainedTokenizerFast) -> DocumentEncoder:
+    if format_ == "text":
+        return DocumentEncoder(tokenizer)
+    return MarkedEncoder(tokenizer, reads_special_tokens=format_ == "chat")
 
 
 def _check_arguments(sources: Sequence[SourceConfig], sequence_length: int, seed: int, num_train_blocks: int) -> None:
@@ -125,14 +134,14 @@ def _blocks(
             f"source {name!r}: {split} text has {store.num_tokens} tokens, fewer than one block of "
             f"{sequence_length}; add text, lower sequence_length{remedy}"
         )
-    return PackedDataset(store, sequence_length, encoder.eos_token_id)
+    return PackedDataset(store, sequence_length, encoder.make_example)
 
 
 def _statistics(source: Source, train: TokenStore | None, validation: TokenStore | None) -> DomainStatistics:
     measures: dict[str, float] = {}
     if validation is not None:
         if not validation.text_measures:
-            text = "".join(document.text for document in source.documents("validation")).encode()
+            text = "".join(document.learned_text for document in source.documents("validation")).encode()
             validation.text_measures = {
                 "byte_unigram_entropy": byte_unigram_entropy(text),
                 "gzip_bits_per_byte": gzip_bits_per_byte(text),
@@ -148,7 +157,7 @@ def _statistics(source: Source, train: TokenStore | None, validation: TokenStore
 
 
 def _size(store: TokenStore) -> SplitStatistics:
-    return SplitStatistics(store.num_documents, store.num_text_bytes, store.num_tokens)
+    return SplitStatistics(store.num_documents, store.num_text_bytes, store.num_tokens, store.num_learned_tokens)
 
 
 def _log_skipped(source: Source) -> None:

@@ -12,9 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO, cast
 
+from transformers import PreTrainedTokenizerFast
+
 from .config import SourceConfig
 from .documents import Document, Split, cut_at_blank_lines, hash_unit, validation_threshold
 from .embedded import EmbeddedReader
+from .formats import RowFormat, row_format
 
 # Plain text files are cut into documents of about this size, so that one file still has some to hold out.
 _PIECE_CHARS = 16_384
@@ -44,16 +47,18 @@ class Source:
 
     Args:
         config: the domain.
+        tokenizer: whose chat template conversations are written in; None if it is yet to be trained.
 
     Raises:
         FileNotFoundError: if a file, directory or pattern matches nothing.
-        ValueError: if a file is given for training and for validation.
+        ValueError: if a file is given for training and for validation, or there is no chat template for conversations.
         ImportError: if the source needs the `datasets` package and it is not installed.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
         self.config = config
-        self.reader = _open_reader(config)
+        self._format = row_format(config, tokenizer)
+        self.reader = _open_reader(config, self._format)
 
     @property
     def has_validation(self) -> bool:
@@ -65,13 +70,13 @@ class Source:
         """Everything that decides which documents come out, JSON-serialisable."""
         config = self.config
         limits = [config.max_bytes, config.validation_fraction, config.max_validation_bytes]
-        return [self.reader.fingerprint(), config.text_field, *limits]
+        return [self.reader.fingerprint(), self._format.fingerprint(), *limits]
 
     def documents(self, split: Split) -> Iterator[Document]:
         """Yield the documents of a split, in the same order every time.
 
         Raises:
-            ValueError: for a broken line, a missing text field, or no text to train on.
+            ValueError: for a broken line, a row without what the format needs, or no text to train on.
         """
         if split == "validation":
             held_out = self._read(split) if self.reader.own_validation else self._hash_split(split)
@@ -120,17 +125,24 @@ class FileReader:
 
     Args:
         config: a source with `files`.
+        rows: what the rows of JSON lines and parquet mean.
 
     Raises:
-        ValueError: if a file is among both `files` and `validation_files`.
+        ValueError: if a file is among both `files` and `validation_files`, or is plain text where rows are needed.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._field = config.text_field
+    def __init__(self, config: SourceConfig, rows: RowFormat) -> None:
+        self._rows = rows
         self._files: dict[Split, list[Path]] = {
             "train": expand_paths(config.name, config.files),
             "validation": expand_paths(config.name, config.validation_files),
         }
+        for path in (path for paths in self._files.values() for path in paths):
+            if config.format != "text" and _suffix(path) not in {*_JSON_LINES, ".parquet"}:
+                raise ValueError(
+                    f"source {config.name!r}: format {config.format!r} needs rows, as JSON lines or parquet, and "
+                    f"{path} is plain text"
+                )
         train = {path.resolve() for path in self._files["train"]}
         for path in self._files["validation"]:
             if path.resolve() in train:
@@ -159,7 +171,7 @@ class FileReader:
             elif suffix == ".parquet":
                 # Streamed, because otherwise datasets writes a copy of the file.
                 options = {"data_files": str(path), "split": "train", "streaming": True}
-                yield from _rows(_datasets().load_dataset("parquet", **options), self._field, path)
+                yield from _rows(_datasets().load_dataset("parquet", **options), self._rows, path)
             else:
                 with _open_text(path) as file:
                     if suffix in _JSON_LINES:
@@ -170,7 +182,7 @@ class FileReader:
     def _is_readable(self, path: Path, suffix: str) -> bool:
         if path not in self._readable:
             is_parquet = suffix == ".parquet"
-            self._readable[path] = _is_sound_parquet(path, self._field) if is_parquet else _is_text_file(path)
+            self._readable[path] = _is_sound_parquet(path, self._rows.columns) if is_parquet else _is_text_file(path)
         return self._readable[path]
 
     def _json_lines(self, file: TextIO, path: Path) -> Iterator[Document]:
@@ -184,9 +196,9 @@ class FileReader:
                 raise ValueError(f"{place}: not valid JSON ({error}); expected one object per line") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: expected one JSON object per line, got {type(row).__name__}")
-            text = _field_text(row, self._field, place)
-            if _is_encodable(text):
-                yield Document(text, text)
+            document = self._rows.document(row, place)
+            if _is_encodable(document.text):
+                yield document
             else:
                 self.skipped.add(place)
 
@@ -196,10 +208,12 @@ class HubReader:
 
     Args:
         config: a source with `dataset`.
+        rows: what its rows mean.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, rows: RowFormat) -> None:
         self._config = config
+        self._rows = rows
         self.skipped: set[str] = set()
 
     @cached_property
@@ -222,7 +236,7 @@ class HubReader:
 
     def read(self, split: Split) -> Iterator[Document]:
         """Yield the rows in the dataset's order."""
-        for document in _rows(self._load(split), self._config.text_field, self._config.dataset):
+        for document in _rows(self._load(split), self._rows, self._config.dataset):
             if _is_encodable(document.text):
                 yield document
             else:
@@ -267,10 +281,10 @@ def stable_hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _open_reader(config: SourceConfig) -> Reader:
+def _open_reader(config: SourceConfig, rows: RowFormat) -> Reader:
     if config.embedded:
         return EmbeddedReader(config.embedded)
-    return FileReader(config) if config.files else HubReader(config)
+    return FileReader(config, rows) if config.files else HubReader(config, rows)
 
 
 def _datasets() -> Any:
@@ -281,27 +295,11 @@ def _datasets() -> Any:
     return datasets
 
 
-def _rows(dataset: Any, field: str, place: object) -> Iterator[Document]:
+def _rows(dataset: Any, rows: RowFormat, place: object) -> Iterator[Document]:
     # Streams may not know their columns before the first row.
-    if dataset.column_names is not None:
-        _require_field(dataset.column_names, field, place)
-        dataset = dataset.select_columns([field])
-    for row in dataset:
-        text = _field_text(row, field, place)
-        yield Document(text, text)
-
-
-def _require_field(columns: Iterable[str], field: str, place: object) -> None:
-    if field not in columns:
-        raise ValueError(f"{place}: no column {field!r}; set text_field to one of {sorted(columns)}")
-
-
-def _field_text(row: dict[str, Any], field: str, place: object) -> str:
-    _require_field(row, field, place)
-    text = row[field]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"{place}: column {field!r} must hold text, got {type(text).__name__} {text!r:.50}")
-    return text or ""
+    if dataset.column_names is not None and set(rows.columns) <= set(dataset.column_names):
+        dataset = dataset.select_columns(rows.columns)
+    return (rows.document(row, place) for row in dataset)
 
 
 def _is_encodable(text: str) -> bool:
@@ -345,7 +343,7 @@ def _is_text_file(path: Path) -> bool:
     return True
 
 
-def _is_sound_parquet(path: Path, field: str) -> bool:
+def _is_sound_parquet(path: Path, columns: list[str]) -> bool:
     _datasets()  # brings pyarrow, or says what to install
     import pyarrow
     import pyarrow.parquet
@@ -353,7 +351,7 @@ def _is_sound_parquet(path: Path, field: str) -> bool:
     # Opened here, so that a file that may not be read is an error and not skipped as damaged.
     with path.open("rb") as file:
         try:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=[field]):
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024, columns=columns):
                 batch.validate(full=True)
         except (pyarrow.ArrowException, OSError):
             return False

@@ -14,11 +14,13 @@ class SplitStatistics:
     documents: int
     text_bytes: int
     tokens: int
+    learned_tokens: int | None = None
+    """Those that are to be predicted, and whose text `text_bytes` counts; None: all."""
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per token."""
-        return self.text_bytes / self.tokens
+        """UTF-8 bytes of text per token, of what is to be predicted."""
+        return self.text_bytes / (self.tokens if self.learned_tokens is None else self.learned_tokens)
 
 
 @dataclass(frozen=True)

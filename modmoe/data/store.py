@@ -48,6 +48,8 @@ class Shard:
     tokens: int
     file_bytes: int
     sha256: str
+    learned_tokens: int | None = None
+    """How many of the tokens are to be predicted; None: all."""
 
 
 @dataclass
@@ -102,8 +104,14 @@ class TokenStore:
 
     @property
     def num_text_bytes(self) -> int:
-        """UTF-8 bytes of their texts."""
+        """UTF-8 bytes of their texts, as far as these are to be predicted."""
         return sum(shard.text_bytes for shard in self.shards)
+
+    @property
+    def num_learned_tokens(self) -> int | None:
+        """Number of tokens that are to be predicted; None: all."""
+        counts = [shard.learned_tokens for shard in self.shards]
+        return None if None in counts else sum(count for count in counts if count is not None)
 
     @property
     def num_tokens(self) -> int:
@@ -204,6 +212,7 @@ class _ShardContent(NamedTuple):
     tokens: np.ndarray
     documents: int
     text_bytes: int
+    learned_tokens: int | None
 
 
 def _shard_contents(
@@ -214,18 +223,23 @@ def _shard_contents(
 ) -> Iterator[_ShardContent]:
     buffer: list[np.ndarray] = []
     num_tokens = text_bytes = 0
+
+    def content() -> _ShardContent:
+        tokens = np.concatenate(buffer)
+        return _ShardContent(tokens, len(buffer), text_bytes, encoder.num_learned(tokens))
+
     for batch in _batches(documents):
-        encoded = encoder.encode([document.text for document in batch])
+        encoded = encoder.encode_documents(batch)
         for document, tokens in zip(batch, encoded, strict=True):
             buffer.append(tokens)
             num_tokens += len(tokens)
-            text_bytes += document.num_bytes
+            text_bytes += len(document.learned_text.encode())
             on_progress(document.num_bytes)
             if num_tokens >= shard_tokens:
-                yield _ShardContent(np.concatenate(buffer), len(buffer), text_bytes)
+                yield content()
                 buffer, num_tokens, text_bytes = [], 0, 0
     if buffer:
-        yield _ShardContent(np.concatenate(buffer), len(buffer), text_bytes)
+        yield content()
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -250,6 +264,7 @@ def _write_shard(path: Path, content: _ShardContent) -> Shard:
         tokens=len(content.tokens),
         file_bytes=path.stat().st_size,
         sha256=_sha256(path),
+        learned_tokens=content.learned_tokens,
     )
 
 

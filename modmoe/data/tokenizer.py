@@ -4,7 +4,8 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .config import MIN_VOCAB_SIZE, TokenizerConfig
+from .documents import Document
+from .packing import packed_example
 from .sources import Source, limit_bytes, stable_hash
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ def load_tokenizer(config: TokenizerConfig, sources: Sequence[Source], cache_dir
         FileNotFoundError: if the tokenizer's name is a path and no directory is there.
     """
     if config.name is not None:
-        return _existing(_checked_name(config.name))
+        return existing_tokenizer(config.name)
     assert config.vocab_size is not None  # TokenizerConfig holds one of the two
     parts = [[source.fingerprint, float(source.config.weight)] for source in sources]
     directory = cache_dir / stable_hash([_FORMAT, config.vocab_size, config.sample_bytes, parts])
@@ -52,6 +55,11 @@ def load_tokenizer(config: TokenizerConfig, sources: Sequence[Source], cache_dir
     sample = _weighted_sample(sources, config.sample_bytes)
     _publish(train_bpe(sample, config.vocab_size), directory)
     return _existing(str(directory))
+
+
+def existing_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from the hub or a directory; raises as `load_tokenizer` does."""
+    return _existing(_checked_name(name))
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -97,6 +105,7 @@ class DocumentEncoder:
         eos_token_id: the end of each document.
         dtype: the smallest of uint16 and uint32 that holds every id.
         fingerprint: changes whenever the ids could.
+        make_example: turns a block of what `encode` gave into a training example; picklable.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -109,9 +118,19 @@ class DocumentEncoder:
         largest = max(self._backend.get_vocab(with_added_tokens=True).values())
         self.dtype = np.dtype(np.uint16 if largest < 2**16 else np.uint32)
         self.fingerprint = stable_hash([self._backend.to_str(), self.eos_token_id])
+        self.make_example: Callable[[np.ndarray], dict[str, np.ndarray]]
+        self.make_example = partial(packed_example, eos_token_id=self.eos_token_id)
+
+    def encode_documents(self, documents: list[Document]) -> list[np.ndarray]:
+        """Encode documents in parallel, each into an array of `dtype`."""
+        return self.encode([document.text for document in documents])
+
+    def num_learned(self, tokens: np.ndarray) -> int | None:
+        """How many of the tokens that `encode_documents` gave are to be predicted; None: all."""
+        return None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode documents in parallel, each into an array of `dtype` that ends with `eos_token_id`."""
+        """Encode texts in parallel, each into an array of `dtype` that ends with `eos_token_id`."""
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self._terminated(np.array(encoding.ids, dtype=self.dtype)) for encoding in encodings]
 

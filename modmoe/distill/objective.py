@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from modmoe.distill.signals import TopK
+from modmoe.losses.distillation import forward_kl as full_kl
+from modmoe.losses.distillation import hidden_error, kl_terms
 
 IGNORE_INDEX = -100
 _CHUNK_TOKENS = 1024
@@ -164,20 +166,14 @@ def forward_kl(logits: torch.Tensor, teacher: torch.Tensor | TopK, temperature: 
     Returns:
         (N,) fp32.
     """
-    log_q = (logits.float() / temperature).log_softmax(-1)
     if not isinstance(teacher, TopK):
-        return _terms((teacher.float() / temperature).log_softmax(-1), log_q).sum(-1)
+        return full_kl(logits, teacher, temperature)
+    log_q = (logits.float() / temperature).log_softmax(-1)
     indices = teacher.indices.long()
-    kl = _terms(teacher.log_probs, log_q.gather(-1, indices)).sum(-1)
+    kl = kl_terms(teacher.log_probs, log_q.gather(-1, indices)).sum(-1)
     if indices.shape[-1] == log_q.shape[-1]:
         return kl
-    return kl + _terms(teacher.log_rest, log_q.scatter(-1, indices, -torch.inf).logsumexp(-1))
-
-
-def _terms(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """p log(p / q), 0 where p is."""
-    p = log_p.exp()
-    return p * (log_p - log_q).masked_fill(p == 0, 0.0)
+    return kl + kl_terms(teacher.log_rest, log_q.scatter(-1, indices, -torch.inf).logsumexp(-1))
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
@@ -191,9 +187,7 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, token_mask: torch.
     Returns:
         () fp32.
     """
-    student, teacher = student.float(), teacher.float()
-    error = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return _mean(error, token_mask)
+    return _mean(hidden_error(student, teacher), token_mask)
 
 
 def relation_loss(
@@ -220,7 +214,7 @@ def relation_loss(
         ValueError: if `num_heads` does not divide the widths.
     """
     log_q, log_p = (_relations(states, token_mask, num_heads) for states in (student, teacher))
-    return _mean(_terms(log_p, log_q).sum(-1).mean(1), token_mask)
+    return _mean(kl_terms(log_p, log_q).sum(-1).mean(1), token_mask)
 
 
 def _relations(states: torch.Tensor, token_mask: torch.Tensor | None, num_heads: int) -> torch.Tensor:

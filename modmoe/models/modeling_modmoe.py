@@ -731,7 +731,7 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         attention_mask: torch.Tensor | None,
         *shares: Any,
     ) -> None:
-        result.loss, result.cross_entropy = task_loss, task_loss.detach()
+        result.loss = result.cross_entropy = task_loss
         statistics = self._statistics(outputs, attention_mask)
         if statistics is None:
             return

@@ -42,7 +42,7 @@ class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     the whole step, with `router_statistics`), reduced over routers.
 
     Args:
-        cross_entropy: the first term of `loss`, detached.
+        cross_entropy: the first term of `loss`, with its gradient: who trains on something else too can weigh it anew.
         aux_losses: the losses that `aux_loss` is made of by name, detached.
         tokens_per_expert: per FFN router (E,) fp32, how many local tokens chose each expert.
         attn_tokens_per_expert: the same for attention routers.

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "complete.json"
 # The directory, in a checkpoint, of what the processes saved in pieces.
 STATE = "state"
+# Among the values of that state: the experts that are there and out of use.
+RETIRED = "retired_experts"
 _MANIFEST_KEYS = {"world_size", "blocks_per_step", "seconds", "files"}
 _PREFIX = "checkpoint-"
 

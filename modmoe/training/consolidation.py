@@ -9,12 +9,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models.safetensors_stream import TensorSpec, WeightsWriter
-from modmoe.training.checkpoint import STATE, defect
+from modmoe.training.checkpoint import RETIRED, STATE, defect
 from modmoe.training.engine_state import WEIGHT
 from modmoe.training.sharded_state import ShardedState
 
 # What a saved config says beyond the architecture.
 _NOT_ARCHITECTURE = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}
+# A factor on a loss, which a schedule may move.
+_NOT_ARCHITECTURE |= {"router_aux_loss_coef"}
 _NOT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
@@ -35,6 +37,11 @@ def write_model(
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     _write_weights(state, directory, {name: tensor.dtype for name, tensor in tensors})
+    write_all_but_weights(directory, model, tokenizer)
+
+
+def write_all_but_weights(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the configs and the tokenizer of a model to an existing directory."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -56,7 +63,8 @@ def consolidate(checkpoint: Path, target: Path, dtype: torch.dtype) -> str:
 
     Raises:
         FileExistsError: if `target` exists.
-        FileNotFoundError, ValueError: if the checkpoint is incomplete or damaged; names the file.
+        FileNotFoundError, ValueError: if the checkpoint is incomplete or damaged; names the file. Or if it holds
+            adapters, or experts that are being pruned.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: name a new directory")
@@ -65,6 +73,10 @@ def consolidate(checkpoint: Path, target: Path, dtype: torch.dtype) -> str:
         raise ValueError(f"{checkpoint} is not a complete checkpoint: {problem}")
     state = ShardedState(checkpoint / STATE)
     specs = _saved_weights(state)
+    if any(".lora_A." in name for name in specs):
+        raise ValueError(f"{checkpoint} holds adapters: merge {checkpoint / 'adapter'} into their model with PEFT")
+    if any(state.values.get(RETIRED, {}).values()):
+        raise ValueError(f"{checkpoint} holds experts that are on their way out: let the run end, and take its final/")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

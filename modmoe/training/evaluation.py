@@ -69,7 +69,9 @@ def evaluate_domains(
             loads.merge(own)  # zeros too: a rank without a batch of its own must know how many experts there are
             if is_mine:
                 predicted = (batch["labels"][:, 1:] != -100).sum()
-                sums += torch.stack([outputs.cross_entropy.double() * predicted, predicted.double()])
+                # Of a batch in which nothing is to be predicted, the mean is not a number.
+                total_loss = torch.where(predicted > 0, outputs.cross_entropy.double() * predicted, 0.0)
+                sums += torch.stack([total_loss, predicted.double()])
         if dist.is_initialized():
             dist.all_reduce(sums)
         loads.all_reduce()

@@ -1,5 +1,6 @@
 """Means of what training steps give, from one record to the next."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,18 +30,19 @@ class MetricWindow:
         self.step_loads.sums.clear()
         self._step_sums = {}
 
-    def add(self, outputs: Any, share: torch.Tensor) -> None:
+    def add(self, outputs: Any, share: torch.Tensor, parts: Mapping[str, torch.Tensor] | None = None) -> None:
         """
         Count one forward pass of the step.
 
         Args:
             outputs: of a causal LM.
             share: (), of this micro-batch in the tokens of the step.
+            parts: name -> (), what else the loss is made of, this micro-batch's share of the step.
         """
         self.step_loads.add(outputs)
         values = {"loss": outputs.loss, "cross_entropy": outputs.cross_entropy}
         values |= {f"aux/{name}": value * share for name, value in (outputs.aux_losses or {}).items()}
-        for name, value in values.items():
+        for name, value in (values | dict(parts or {})).items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.detach()
 
     @property

@@ -24,7 +24,7 @@ _LOCK_FILE = ".lock"
 _RUN_FILE_BEGINS = "# modmoe: "
 # Settings that make two runs different; the rest may change when a run resumes. How a step's batch is cut up may too,
 # as long as it stays as large: `checkpoint.check_batch`.
-_IDENTITY = ("model", "data", "tokenizer", "optimization", "init", "seed")
+_IDENTITY = ("model", "data", "tokenizer", "optimization", "init", "seed", "finetuning")
 _NOT_IDENTITY = (
     "data.cache_dir",
     "data.workers",

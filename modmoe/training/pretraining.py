@@ -1,14 +1,15 @@
-"""A pretraining run from its configuration to the report."""
+"""A training run from its configuration to the report."""
 
 import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modmoe.data import PreparedData, prepare_data
@@ -18,7 +19,7 @@ from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import check_batch, writing
 from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.fingerprint import check_agreement, data_fingerprint, run_fingerprint
-from modmoe.training.initialization import build_model, has_vocabulary
+from modmoe.training.initialization import build_model, check_saved_model, has_vocabulary
 from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.progress import Progress
 from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
@@ -26,16 +27,30 @@ from modmoe.training.router_load import routed_layers
 from modmoe.training.run_config import RunConfig
 from modmoe.training.status import RunStatus
 from modmoe.training.team import Team, join
-from modmoe.training.throughput import parameter_counts
+from modmoe.training.throughput import parameter_counts, trained_parameters
 from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
 from modmoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
+Build = Callable[[Any, PreTrainedTokenizerFast], ModMoEForCausalLM]
+"""From a run and its tokenizer to the model that is trained."""
+
+
 def pretrain(run: RunConfig) -> int:
+    """Train a model from random or saved weights; see `carry_out`."""
+    return carry_out(run, build_model, ModMoETrainer)
+
+
+def carry_out(run: RunConfig, build: Build, trainer_class: type[ModMoETrainer]) -> int:
     """
     Prepare data and model, train or resume, evaluate, export to `output_dir/final` and report.
+
+    Args:
+        run: the configuration.
+        build: makes the model; raises ConfigError if it cannot be had.
+        trainer_class: trains it.
 
     Returns:
         the exit code: 0, or 128 + the number of the signal that interrupted training.
@@ -51,10 +66,18 @@ def pretrain(run: RunConfig) -> int:
             stack.enter_context(locked(run.output_dir))
         if run.backend is not None:
             stack.enter_context(use_backend(run.backend))
-        return _pretrain(run, team, watchdog)
+        return _carry_out(run, build, trainer_class, team, watchdog)
 
 
-def _pretrain(run: RunConfig, team: Team, watchdog: Watchdog) -> int:
+def _carry_out(
+    run: RunConfig, build: Build, trainer_class: type[ModMoETrainer], team: Team, watchdog: Watchdog
+) -> int:
+    if run.init is not None:  # before its tokenizer is looked for
+        check_saved_model(run.init)
+        if run.tokenizer.name == str(run.init) and not any(run.init.glob("tokenizer*")):
+            raise ConfigError(
+                f"init directory {run.init} has no tokenizer: name the one of the model, --tokenizer.name"
+            )
     check_agreement(team, "configuration", run_fingerprint(run), 60 * run.health.join_minutes)
     args = training_arguments(run)
     set_seed(run.seed)
@@ -72,14 +95,14 @@ def _pretrain(run: RunConfig, team: Team, watchdog: Watchdog) -> int:
             f"the tokenizer is not the one that {checkpoint} was trained with, perhaps because the text it is trained "
             "on has changed: restore the text, or choose another output_dir to start anew"
         )
-    model = build_model(run, data.tokenizer)
+    model = build(run, data.tokenizer)
     facts = _facts(run)
     if args.process_index == 0:
         with writing(run.output_dir, run.output_dir):
             clear_foreign_run(run)
             save_run_file(run, run.output_dir, facts)
         logger.info(summary(run, model, data, facts))
-    trainer = ModMoETrainer(model, args, run, data, facts)
+    trainer = trainer_class(model, args, run, data, facts)
     trainer.add_callback(Progress(run, status, watchdog, trainer.guard))
     if checkpoint is not None:
         status.update(checkpoint=checkpoint.name)
@@ -152,6 +175,8 @@ def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts:
     """What is about to happen, in a few lines."""
     config = model.config
     total, active = parameter_counts(model)
+    trained = trained_parameters(model)
+    frozen = f"; {trained:,} of them are trained" if trained < total else ""
     steps, per_step = run.steps(world_size()), run.tokens_per_step(world_size())
     sizes = ", ".join(
         f"{name} {split.train.tokens:,} tokens" if split.train else f"{name} streamed"
@@ -159,7 +184,7 @@ def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts:
     )
     lines = {
         "model": f"{total:,} parameters, {active:,} active per token; {config.num_hidden_layers} layers of width "
-        f"{config.hidden_size}, {config.num_attn_experts} attention and {config.num_experts} FFN experts",
+        f"{config.hidden_size}, {config.num_attn_experts} attention and {config.num_experts} FFN experts{frozen}",
         "data": f"{sizes}; vocabulary {len(data.tokenizer):,}",
         "training": f"{steps:,} steps of {per_step:,} tokens, {steps * per_step:,} in all",
         "aux loss": f"{config.router_aux_loss_type}, coefficient {config.router_aux_loss_coef:g}, z-loss weight "

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -153,7 +153,7 @@ class RunConfig(Section):
     data: DataConfig
     """The text."""
     tokenizer: TokenizerConfig
-    """An existing tokenizer or the size of one to train on the text."""
+    """An existing tokenizer or the size of one to train on the text. With `init` the default is the model's own."""
     optimization: OptimizationConfig
     """Length of training, batch, optimizer, precision."""
     deepspeed: dict[str, Any] | None = None
@@ -183,6 +183,13 @@ class RunConfig(Section):
     """Implementation of the ops, for all that have one of that name; none: MODMOE_BACKEND, else the best that runs."""
     overwrite_output: bool = False
     """Whether to delete another run that `output_dir` holds; refused otherwise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_the_tokenizer(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("init") is not None and content.get("tokenizer") is None:
+            return content | {"tokenizer": {"name": str(content["init"])}}
+        return content
 
     @field_validator("model")
     @classmethod
@@ -286,7 +293,10 @@ def build_model_config(fields: dict[str, Any]) -> ModMoEConfig:
         raise ValueError(" ".join(str(cause).split())) from None
 
 
-def load_run_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def load_run_config(path: Path, arguments: Sequence[str] = (), kind: type[Run] = RunConfig) -> Run:  # type: ignore[assignment]
     """
     Read a run's YAML file, apply command-line overrides and check everything.
 
@@ -296,6 +306,7 @@ def load_run_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
     Args:
         path: the YAML file.
         arguments: `--section.key VALUE` pairs.
+        kind: of run.
 
     Raises:
         ConfigError: with one sentence per mistake.
@@ -309,18 +320,18 @@ def load_run_config(path: Path, arguments: Sequence[str] = ()) -> RunConfig:
     for key, value in overrides:
         if key not in _FILE_KEYS:
             apply_override(content, key, value)
-    return check_run_config(content)
+    return check_run_config(content, kind)
 
 
-def check_run_config(content: dict[str, Any]) -> RunConfig:
+def check_run_config(content: dict[str, Any], kind: type[Run] = RunConfig) -> Run:  # type: ignore[assignment]
     """
     Raises:
         ConfigError: with one sentence per mistake.
     """
     try:
-        return RunConfig.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(detail) for detail in error.errors())) from None
+        raise ConfigError("\n".join(_describe(detail, kind) for detail in error.errors())) from None
 
 
 _FILE_KEYS = ("model.preset", "deepspeed")
@@ -342,10 +353,10 @@ def _beside(path: str, base: Path) -> Path:
     return base / Path(path).expanduser()
 
 
-def _describe(detail: Any) -> str:
+def _describe(detail: Any, kind: type[RunConfig]) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {key}; {_suggest(detail['loc'])}"
+        return f"unknown key {key}; {_suggest(detail['loc'], kind)}"
     if detail["type"] == "missing":
         return f"{key} is required"
     if detail["type"] == "path_type":
@@ -357,9 +368,9 @@ def _describe(detail: Any) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {detail['input']!r}"
 
 
-def _suggest(location: tuple[str | int, ...]) -> str:
+def _suggest(location: tuple[str | int, ...], kind: type[RunConfig]) -> str:
     *path, name = location
-    allowed = valid_keys([part for part in path if isinstance(part, str)])
+    allowed = valid_keys([part for part in path if isinstance(part, str)], kind)
     near = difflib.get_close_matches(str(name), allowed, n=2, cutoff=0.65)
     prefix = "".join(f"{part}." for part in path)
     if near:
@@ -367,9 +378,9 @@ def _suggest(location: tuple[str | int, ...]) -> str:
     return f"valid keys here are {', '.join(allowed)}"
 
 
-def valid_keys(path: Sequence[str]) -> list[str]:
+def valid_keys(path: Sequence[str], kind: type[RunConfig] = RunConfig) -> list[str]:
     """Names of the keys of the section that a path of section names leads to."""
-    section: Any = RunConfig
+    section: Any = kind
     for part in path:
         annotation = _annotations(section)[part]
         nested = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "__annotations__")]
@@ -383,17 +394,19 @@ def _annotations(section: Any) -> dict[str, Any]:
     return {name: field.type for name, field in section.__dataclass_fields__.items()}
 
 
-def describe_keys() -> str:
+def describe_keys(kind: type[RunConfig] = RunConfig) -> str:
     """One line per key: name, default and meaning, for --help."""
-    return "\n".join(_describe_section(RunConfig, ""))
+    return "\n".join(_describe_section(kind, ""))
 
 
 def _describe_section(section: type[BaseModel], prefix: str) -> list[str]:
     lines = []
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            lines += _describe_section(field.annotation, f"{prefix}{name}.")
-        else:
+        kinds: Any = (field.annotation, *get_args(field.annotation))
+        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not nested or type(None) in kinds:
             default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
             lines.append(f"  --{prefix}{name}{default}: {' '.join((field.description or '').split())}")
+        for section_kind in nested:
+            lines += _describe_section(section_kind, f"{prefix}{name}.")
     return lines

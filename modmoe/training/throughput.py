@@ -29,6 +29,11 @@ def parameter_counts(model: ModMoEForCausalLM) -> tuple[int, int]:
     return total, total - idle
 
 
+def trained_parameters(model: ModMoEForCausalLM) -> int:
+    """Parameters that have a gradient."""
+    return sum(_size(p) for p in model.parameters() if p.requires_grad)
+
+
 def flops_per_token(model: ModMoEForCausalLM, sequence_length: int) -> float:
     """
     Floating-point operations of training on one token: the products with weights, forward and backward, and attention.

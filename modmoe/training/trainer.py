@@ -191,6 +191,7 @@ class ModMoETrainer(Trainer):
         self._grad_norm: torch.Tensor | None = None
         self._applied: torch.Tensor | None = None
         self._step_before: Late | None = None
+        self._model_options: dict[str, Any] = {}
         self._batches: list[Batch] = []
         self._batches_before: list[Batch] = []
         self._step_tokens = torch.zeros((), dtype=torch.int64)
@@ -301,11 +302,22 @@ class ModMoETrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
             num_tokens_in_batch=self._step_tokens,
             router_statistics=self._router_statistics,
+            **self._model_options,
         )
-        self._window.add(outputs, _num_tokens(inputs) / self._step_tokens)
+        parts = self._add_to_loss(outputs, inputs, num_items_in_batch)
+        self._window.add(outputs, _num_tokens(inputs) / self._step_tokens, parts)
         # Data-parallel engines average gradients over ranks, and these are to be added.
         loss = poison(outputs.loss) * self.args.world_size
         return (loss, outputs) if return_outputs else loss
+
+    def _add_to_loss(self, outputs: Any, inputs: Batch, num_labels: torch.Tensor | int | None) -> Batch:
+        """
+        Change `outputs.loss`, this micro-batch's share of the step's, to what is trained on. Here it is that already.
+
+        Returns:
+            name -> (), this micro-batch's share of each part, for the metrics.
+        """
+        return {}
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
@@ -405,6 +417,7 @@ class ModMoETrainer(Trainer):
         metrics, loads = self._window.means()
         per_step = self.run.tokens_per_step(self.args.world_size)
         metrics |= {"tokens": self.state.global_step * per_step, "tokens_per_second": steps * per_step / seconds}
+        metrics |= self._figures()
         tflops = metrics["tokens_per_second"] * self._flops_per_token / self.args.world_size / 1e12
         metrics["tflops_per_device"] = tflops
         if self._peak_tflops is not None:
@@ -412,6 +425,10 @@ class ModMoETrainer(Trainer):
         if self.args.world_size > 1:
             metrics |= self._stragglers.metrics(steps, self.args.device)
         return metrics | loads.metrics(self._layers, self.run.expert_parallel_size)
+
+    def _figures(self) -> dict[str, float]:
+        """What else a record of training says."""
+        return {}
 
     @contextlib.contextmanager
     def _untimed(self) -> Iterator[None]:
@@ -488,6 +505,7 @@ class ModMoETrainer(Trainer):
         assert self.lr_scheduler is not None
         schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
         values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
+        values |= self._values()
 
         def complete() -> None:
             self.state.save_to_json(str(directory / "trainer_state.json"))
@@ -496,11 +514,17 @@ class ModMoETrainer(Trainer):
             mark_complete(directory, self.args.world_size, blocks, self.clock.now())
 
         together(lambda: self._save_rng_state(str(directory)))
-        self._write_model(directory, self._engine_state.pieces(), values)
+        self._write_model(directory, self._engine_state.pieces(), values, self._write_plain)
         self._on_main_process(complete)
 
-    def _write_model(self, directory: Path, pieces: Iterator[Piece], values: dict[str, Any]) -> None:
-        """Write everybody's pieces below a directory, and to itself the plain model that they make up."""
+    def _write_model(
+        self,
+        directory: Path,
+        pieces: Iterator[Piece],
+        values: dict[str, Any],
+        write: Callable[[ShardedState, Path], None],
+    ) -> None:
+        """Write everybody's pieces below a directory, and to itself what `write` makes of them."""
 
         def own_part() -> None:
             (directory / STATE).mkdir(parents=True, exist_ok=True)
@@ -508,10 +532,25 @@ class ModMoETrainer(Trainer):
 
         def whole() -> None:
             write_index(directory / STATE, self.args.world_size)
-            write_model(ShardedState(directory / STATE), directory, self.model, self.data.tokenizer)
+            write(ShardedState(directory / STATE), directory)
 
         together(own_part)
         self._on_main_process(whole)
+
+    def _write_plain(self, state: ShardedState, directory: Path) -> None:
+        """Write what others than this trainer read of a checkpoint. Called by one process, once the state is there."""
+        write_model(state, directory, self.model, self.data.tokenizer)
+
+    def _write_final(self, state: ShardedState, directory: Path) -> None:
+        """The same for the result of the run."""
+        self._write_plain(state, directory)
+
+    def _values(self) -> dict[str, Any]:
+        """What else a checkpoint must hold, for JSON; all processes agree on it."""
+        return {}
+
+    def _load_values(self, values: dict[str, Any]) -> None:
+        """Take over what `_values` gave."""
 
     def _on_main_process(self, action: Callable[[], None]) -> None:
         """The others wait, and fail where it fails."""
@@ -533,6 +572,7 @@ class ModMoETrainer(Trainer):
                 ours = self.run.optimization.optimizer
                 raise ValueError(f"its optimizer is {state.values['optimizer']}, this run's {ours}")
             self._engine_state.load(state)
+            self._load_values(state.values)
         except (OSError, ValueError) as error:
             raise RunError(f"cannot resume from {checkpoint}: {error}") from error
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -566,7 +606,7 @@ class ModMoETrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._write_model(temporary, self._engine_state.weights(), {})
+        self._write_model(temporary, self._engine_state.weights(), {}, self._write_final)
         if self.args.should_save:
             shutil.rmtree(temporary / STATE)
             shutil.rmtree(directory, ignore_errors=True)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modmoe  # noqa: F401  (registers the model type)
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoint import checkpoints, defect
+from modmoe.training.command_line import fail
 from modmoe.training.errors import ConfigError, RunError
 
 from .conftest import CONFIG, SCRIPT
@@ -126,7 +127,7 @@ def pretrain(capsys, monkeypatch, workspace):
         code = module.main(["--config", str(config), *paths, *arguments])
         return code, capsys.readouterr().err.strip()
 
-    call.fail = module._fail
+    call.fail = fail
     return call
 
 

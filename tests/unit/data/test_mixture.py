@@ -21,7 +21,7 @@ def domains(tmp_path, encoder):
     def domain(name, texts):
         documents = [Document(text, text) for text in texts]
         store = build_store(tmp_path / name, lambda: iter(documents), encoder, shard_tokens=2000)
-        return PackedDataset(store, LENGTH, encoder.eos_token_id)
+        return PackedDataset(store, LENGTH, encoder.make_example)
 
     return {
         "large": domain("large", make_texts(150, seed=1)),

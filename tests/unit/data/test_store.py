@@ -33,9 +33,12 @@ class CountingEncoder:
         self._encoder = encoder
         self.count = 0
 
-    def encode(self, texts):
-        self.count += len(texts)
-        return self._encoder.encode(texts)
+    def encode_documents(self, documents):
+        self.count += len(documents)
+        return self._encoder.encode_documents(documents)
+
+    def num_learned(self, tokens):
+        return self._encoder.num_learned(tokens)
 
 
 def build(directory, documents, encoder):

@@ -66,6 +66,12 @@ def test_the_mean_is_over_tokens_whatever_the_batches(model, blocks):
     assert score(model, blocks, batch_size=5).nats_per_token == pytest.approx(total / count, rel=1e-5)
 
 
+def test_batches_in_which_nothing_is_to_be_predicted_count_for_nothing(model, blocks):
+    silent = {**blocks[0], "labels": blocks[0]["labels"] * 0 - 100}
+    alone = score(model, blocks[:1]).nats_per_token
+    assert score(model, [blocks[0], silent], batch_size=1).nats_per_token == alone
+
+
 def test_loads_count_every_token_once(model, blocks):
     loads = score(model, blocks).loads.sums
     assert [load.sum().item() for side in ("attn", "ffn") for load in loads[side]] == [5 * 12 * 2] * 4

@@ -7,7 +7,7 @@ from modmoe.training import pretraining
 def test_the_backend_of_the_config_is_the_ops_own(make_run, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        pretraining, "_pretrain", lambda *_: seen.append(requested_backend("op", None, ("cpp", "torch")))
+        pretraining, "_carry_out", lambda *_: seen.append(requested_backend("op", None, ("cpp", "torch")))
     )
     for backend in ("torch", None):
         pretraining.pretrain(make_run({"backend": backend}))

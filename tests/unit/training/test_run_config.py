@@ -7,8 +7,15 @@ import pytest
 import yaml
 
 from modmoe.training.errors import ConfigError
+from modmoe.training.finetuning_config import FinetuningRun
 from modmoe.training.optimizer import OPTIMIZERS
-from modmoe.training.run_config import OptimizationConfig, build_model_config, describe_keys, load_run_config
+from modmoe.training.run_config import (
+    OptimizationConfig,
+    RunConfig,
+    build_model_config,
+    describe_keys,
+    load_run_config,
+)
 from modmoe.training.yaml_config import load_yaml
 
 ZERO1 = {"zero_optimization": {"stage": 1}}
@@ -36,7 +43,7 @@ def message(path, *arguments):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    run = load_run_config(path)
+    run = load_run_config(path, kind=FinetuningRun if path.name == "finetune.yaml" else RunConfig)
     assert run.deepspeed is not None
     assert "preset" not in run.model
 

@@ -1,0 +1,33 @@
+"""
+Fine-tune a modular language model: all of it, its experts, its routers, an extension, or LoRA adapters.
+
+    deepspeed train/finetune.py --config configs/train/finetune.yaml --init DIR --output_dir OUT [--KEY VALUE ...]
+
+Everything that train/pretrain.py does works here too: resuming, DeepSpeed, expert parallelism, exit codes. The section
+`finetuning` says what is trained, how the routers' loss sets in, who teaches, and which experts are removed on the
+way. OUT/final is a plain Hugging Face directory; after LoRA the adapters are merged into it and lie in
+OUT/final/adapter.
+"""
+
+import sys
+
+import threads  # noqa: F401  (before torch)
+
+from modmoe.training.command_line import run_command
+from modmoe.training.finetuning_config import FinetuningRun
+
+
+def train(run: FinetuningRun) -> int:
+    """Train, evaluate, export and report; returns the exit code."""
+    from modmoe.training.finetuning import finetune
+
+    return finetune(run)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code."""
+    return run_command(__doc__, FinetuningRun, train, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
