@@ -61,6 +61,12 @@ class Recovery(TrainerCallback):
         self._report = report
         self._measure = measure
         self._events = events
+        shared = [extension.name for extension in model.config.extension_list() if extension.mode == "common"]
+        if shared:
+            raise ConfigError(
+                f"finetuning.pruning: extension {shared[0]!r} shares the routers of the experts that would go (mode "
+                "'common'): prune the model before it is extended"
+            )
         try:
             modules = find_routed_modules(model)
             self._pools: dict[Place, RoutedModule] = {(m.layer, m.side): m for m in modules}

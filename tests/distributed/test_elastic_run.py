@@ -69,7 +69,7 @@ def stage(number, **section):
     return {"zero_optimization": {"stage": number, **section}}
 
 
-def check_moved_run(directory, *common, sharded=stage(3)):
+def check_moved_run(directory, *common, sharded):
     """One process, two of them with other experts each, and one again: as if nothing had happened."""
     straight = run_ranks(launch, 1, [*options(directory, "straight", 2, None), *common], None, joined=False)
     moved = [
@@ -91,7 +91,7 @@ def check_moved_run(directory, *common, sharded=stage(3)):
 
 
 def test_a_run_that_changes_its_cluster_twice_is_the_same_run(tmp_path):
-    check_moved_run(tmp_path)
+    check_moved_run(tmp_path, sharded=stage(3))
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_a_streamed_run_is_too(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document {i} of {i * i} words " * 10}) + "\n" for i in range(300)))
     source = [{"name": "text", "files": [str(text)], "streaming": True, "validation_fraction": 0.1}]
-    check_moved_run(tmp_path, "--data.sources", json.dumps(source))
+    check_moved_run(tmp_path, "--data.sources", json.dumps(source), sharded=stage(3))
 
 
 def test_a_disk_that_is_full_for_one_rank_ends_all(tmp_path):

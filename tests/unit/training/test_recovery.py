@@ -62,3 +62,7 @@ def test_what_cannot_be_pruned(tmp_path):
     dense = ModMoEForCausalLM(ModMoEConfig(vocab_size=30, **(MODEL | ones)))
     with pytest.raises(ConfigError, match="finetuning.pruning: model type 'modmoe' has no routed experts"):
         recovery(tmp_path, [], dense)
+    joined = [{"name": "new", "num_experts": 1, "mode": "common"}]
+    extended = ModMoEForCausalLM(ModMoEConfig(vocab_size=30, **MODEL, extensions=joined))
+    with pytest.raises(ConfigError, match="finetuning.pruning: extension 'new' shares the routers"):
+        recovery(tmp_path, [], extended)

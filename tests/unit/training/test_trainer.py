@@ -332,7 +332,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_sentence(make_run, dam
     with pytest.raises(RunError) as caught:
         make_trainer(run).train(resume_from_checkpoint=str(checkpoint))
     assert str(caught.value).startswith(f"cannot resume from {checkpoint}: ")
-    assert str(caught.value).endswith(expected) or "truncated: " in str(caught.value)
     assert expected in str(caught.value)
 
 
