@@ -168,17 +168,12 @@ class EngineState:
 
 
 def _engine(wrapper: Any, optimizer: torch.optim.Optimizer) -> Any:
-    kind = type(wrapper).__name__
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _Zero3(wrapper)
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         return _Zero(wrapper, wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups)
-    if kind == "BF16_Optimizer":
+    if type(wrapper).__name__ == "BF16_Optimizer":
         return _Zero(wrapper, wrapper.bf16_groups, wrapper.fp32_groups_flat_partition)
-    if kind == "FP16_UnfusedOptimizer":
-        return _Copies(wrapper)
-    if kind == "FP16_Optimizer":
-        raise RunError("fused bf16 weights without ZeRO cannot be saved: set deepspeed.zero_optimization.stage to 1")
     return _InPlace(optimizer)
 
 
@@ -197,30 +192,6 @@ class _InPlace:
 
     def finish_loading(self) -> None:
         pass
-
-
-class _Copies:
-    """Weights in bf16 and a whole copy of each in fp32: DeepSpeed at stage 0."""
-
-    def __init__(self, wrapper: Any) -> None:
-        groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, wrapper.optimizer.param_groups, strict=True)
-        self._copy_of = {
-            id(low): (low, high, group) for lows, highs, group in groups for low, high in zip(lows, highs, strict=True)
-        }
-
-    def fragment(self, name: str, parameter: nn.Parameter) -> _Fragment:
-        if id(parameter) not in self._copy_of:
-            return _whole(name, parameter)
-        _, copy, group = self._copy_of[id(parameter)]
-        whole = _whole(name, parameter, group, copy)
-        return whole._replace(weight=copy.detach().view(-1))
-
-    def begin_loading(self) -> None:
-        pass
-
-    def finish_loading(self) -> None:
-        for low, high, _ in self._copy_of.values():
-            low.copy_(high)
 
 
 class _Zero:

@@ -270,6 +270,10 @@ def _check_zero_stage(section: dict[str, Any]) -> None:
     stage = section["zero_optimization"].get("stage", 0)
     if stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise ValueError(f"zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    if stage == 0 and section.get("bf16", {}).get("enabled", False) is not False:
+        # DeepSpeed then starts Adam with a step of zeros, which shrinks the first updates, and leaves the experts of
+        # expert parallelism out of the gradient norm.
+        raise ValueError("bf16.enabled is not exact at stage 0: remove it, or set zero_optimization.stage to 1")
     for part, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if section.get(part, {}).get(key, True) is not True:
             raise ValueError(f"remove {part}.{key}: without it a step with NaN would be applied")

@@ -99,8 +99,8 @@ def stores_bf16(run: RunConfig) -> bool:
 
 
 def _clips_in_optimizer(run: RunConfig) -> bool:
-    """DeepSpeed without ZeRO or bf16 weights clips but does not tell the norm, so that is done here."""
-    return run.zero_stage == 0 and not stores_bf16(run)
+    """DeepSpeed without ZeRO clips but does not tell the norm, so that is done here."""
+    return run.zero_stage == 0
 
 
 def device_peak_tflops(run: RunConfig) -> float | None:

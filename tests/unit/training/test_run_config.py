@@ -222,6 +222,7 @@ def test_unknown_keys_name_the_closest(make_run, write, key, value, expected):
         ("deepspeed", {"zero_optimization": {"stage": "1"}}, "deepspeed: zero_optimization.stage must be 0, 1, 2"),
         ("deepspeed", {**ZERO1, "fp16": {"enabled": True}}, "deepspeed: remove 'fp16': optimization.precision is"),
         ("deepspeed", {**ZERO1, "bf16": {"check_grad_overflow": False}}, "deepspeed: remove bf16.check_grad_overflow"),
+        ("deepspeed", {"zero_optimization": {}, "bf16": {"enabled": "auto"}}, "deepspeed: bf16.enabled is not exact"),
         ("deepspeed", {**ZERO1, "bf16": {"enabled": True}}, "deepspeed.bf16.enabled=True does not fit optimization."),
     ],
 )

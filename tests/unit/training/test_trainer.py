@@ -437,7 +437,7 @@ def test_the_final_directory_is_plain(make_run, tmp_path):
 def test_bf16_is_autocast_unless_the_section_says_otherwise(make_run):
     run = make_run({"deepspeed": {"zero_optimization": {"stage": 1}}, "optimization.precision": "bf16"})
     assert deepspeed_config(run)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    section = {"zero_optimization": {"stage": 0}}
+    section = {"zero_optimization": {"stage": 1}}
     run = make_run({"deepspeed": {**section, "bf16": {"enabled": "auto"}}, "optimization.precision": "bf16"})
     assert "torch_autocast" not in deepspeed_config(run)
     assert "torch_autocast" not in deepspeed_config(make_run({"deepspeed": section}))
