@@ -117,7 +117,7 @@ class _Contender:
         torch.manual_seed(0)
         self.model = fresh_model(config, topology, chunks=chunks)
         if size > 1:
-            announce(self.model, size)
+            announce(self.model, size, self._stage)
         bf16 = self._device.type == "cuda"
         settings = {
             "train_micro_batch_size_per_gpu": 1,

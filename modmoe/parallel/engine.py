@@ -40,18 +40,21 @@ def expert_parallel_topology(size: int) -> Topology:
     return topology(groups._get_expert_parallel_group(group_name(size)), node_size)
 
 
-def announce(model: ModMoEPreTrainedModel, size: int) -> None:
+def announce(model: ModMoEPreTrainedModel, size: int, zero_stage: int | None) -> None:
     """
-    Tell DeepSpeed about a model that `parallelize` has cut. Call before `deepspeed.initialize`.
+    Tell DeepSpeed about a model that `parallelize` has cut. Call before the optimizer is made.
 
     Args:
-        model: cut along `expert_parallel_topology(size)`.
+        model: cut along `expert_parallel_topology(size)`; it is known which of its parameters are trained.
         size: of that group.
+        zero_stage: of the engine to come.
     """
-    for parameter in model.parameters():
-        if expert_slice(parameter) is not None:
-            _mark(parameter, group_name(size))
-    model.add_module("_expert_parallel", _Marker(max(router.num_experts for router, _ in model.routed_pools())))
+    experts = [parameter for parameter in model.parameters() if expert_slice(parameter) is not None]
+    for parameter in experts:
+        _mark(parameter, group_name(size))
+    # Stage 3 cuts up frozen experts too; the stages before it insist on a parameter group of experts.
+    if zero_stage == 3 or any(parameter.requires_grad for parameter in experts):
+        model.add_module("_expert_parallel", _Marker(max(router.num_experts for router, _ in model.routed_pools())))
 
 
 def _mark(parameter: Any, name: str) -> None:

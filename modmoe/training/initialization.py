@@ -62,8 +62,8 @@ def _saved(directory: Path, config: PreTrainedConfig, run: RunConfig) -> PreTrai
 
 
 def _in_parts(run: RunConfig, make: Callable[[Topology], ModMoEForCausalLM]) -> ModMoEForCausalLM:
-    """A model of which this process has a part, as DeepSpeed must see it."""
-    from modmoe.parallel.engine import announce, expert_parallel_topology  # imports DeepSpeed
+    """A model of which this process has a part."""
+    from modmoe.parallel.engine import expert_parallel_topology  # imports DeepSpeed
 
     size = run.expert_parallel_size
     if world_size() % size:
@@ -72,11 +72,9 @@ def _in_parts(run: RunConfig, make: Callable[[Topology], ModMoEForCausalLM]) -> 
             "or start another number of processes"
         )
     try:
-        model = make(expert_parallel_topology(size))
+        return make(expert_parallel_topology(size))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    announce(model, size)
-    return model
 
 
 def has_vocabulary(directory: Path, tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -218,6 +218,10 @@ class ModMoETrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            if self.run.expert_parallel_size > 1:
+                from modmoe.parallel.engine import announce  # imports DeepSpeed
+
+                announce(self.model, self.run.expert_parallel_size, self.run.zero_stage)
             optimizer = build_optimizer(model or self.model, self.run.optimization)
             if _clips_in_optimizer(self.run):
                 optimizer.register_step_pre_hook(self._clip)
@@ -620,7 +624,7 @@ def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | Non
     norm = nn.utils.get_total_norm([p.grad for p in parameters if expert_slice(p) is None and p.grad is not None])
     if group is None:
         return norm
-    squares = nn.utils.get_total_norm(own).square()
+    squares = nn.utils.get_total_norm(own).to(norm.device).square()  # of no gradients it is on the host
     dist.all_reduce(squares, group=group)
     return (norm.square() + squares).sqrt()
 

@@ -91,7 +91,7 @@ def _train(stage, optimizer_name, accumulation, dtype, chunks, size):
     torch.manual_seed(0)
     model = fresh_model(config("micro_step"), topology, chunks=chunks)
     if topology is not None:
-        announce(model, size)
+        announce(model, size, stage)
     optimizer = OPTIMIZERS[optimizer_name](parameter_groups(model, 0.1))
     norms = []
     if stage == 0:

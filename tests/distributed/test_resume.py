@@ -43,7 +43,7 @@ class Run:
         torch.manual_seed(0)
         self.model = fresh_model(config("micro_step"), self.topology)
         if self.topology is not None:
-            announce(self.model, cluster.size)
+            announce(self.model, cluster.size, cluster.stage)
         self.optimizer = OPTIMIZERS[optimizer_name](parameter_groups(self.model, 0.1))
         self.engine = self._engine(cluster)
         self.state = EngineState(self.model, self.optimizer if self.stage is None else self.engine.optimizer)

@@ -127,15 +127,21 @@ def test_two_ranks_resume_bit_for_bit(tune, workspace, engine, section):
 
 
 @pytest.mark.slow
-def test_experts_that_are_shared_out_over_ranks_are_trained_alone(tune, base, workspace):
-    zero = json.dumps({"zero_optimization": {"stage": 1}})
-    run = tune(
-        "shared", "--deepspeed", zero, "--expert_parallel_size", "2", "--finetuning.method", "experts", processes=2
-    )
+@pytest.mark.parametrize(
+    ("method", "part", "stage"),
+    [
+        ("routers", ".gate.", 1),
+        pytest.param("experts", ".experts.", 1, marks=pytest.mark.slow),
+        pytest.param("routers", ".gate.", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_one_part_is_trained_alone_where_ranks_share_out_the_experts(tune, base, workspace, method, part, stage):
+    zero, name = json.dumps({"zero_optimization": {"stage": stage}}), f"shared-{method}-{stage}"
+    run = tune(name, "--deepspeed", zero, "--expert_parallel_size", "2", "--finetuning.method", method, processes=2)
     assert run.wait() == 0, run.output
     before = load_file(base / "model.safetensors")
-    after = load_file(workspace / "shared" / "final" / "model.safetensors")
-    assert {name for name in after if not after[name].equal(before[name])} == {n for n in after if ".experts." in n}
+    after = load_file(workspace / name / "final" / "model.safetensors")
+    assert {name for name in after if not after[name].equal(before[name])} == {n for n in after if part in n}
 
 
 # ---- Mistakes ----
