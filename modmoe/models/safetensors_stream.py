@@ -241,15 +241,22 @@ def weight_files(directory: Path) -> list[Path]:
     The weight files of a plain Hugging Face directory.
 
     Raises:
-        FileNotFoundError: if there are none.
+        FileNotFoundError: if there are none, or the index names one that is missing.
         ValueError: if the index is damaged.
     """
     index = directory / WEIGHTS_INDEX
     if index.is_file():
         try:
-            return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged: it names no weight files") from None
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{directory / missing[0]} is missing ({len(missing)} of {len(names)} files that the index names): "
+                "copy or save the checkpoint again"
+            )
+        return [directory / name for name in names]
     if not (directory / WEIGHTS).is_file():
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
         found = f", only pickled weights ({pickles[0]}), which can run code when read" if pickles else ""

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from modmoe.models.safetensors_stream import weight_files
+
 # Fields of config.json that say who wrote it and where it lay.
 _INCIDENTAL = {"transformers_version", "_name_or_path"}
 _WHOLE_BYTES = 1 << 20
@@ -37,7 +39,7 @@ def checkpoint_fingerprint(directory: Path) -> dict[str, str]:
     fields = {name: value for name, value in _read_config(directory).items() if name not in _INCIDENTAL}
     tensors, weights = hashlib.sha256(), hashlib.sha256()
     places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         start, header = _read_header(file)
         places |= {name: (file, start, entry) for name, entry in header.items()}
     for name, (file, start, entry) in sorted(places.items()):
@@ -76,29 +78,6 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no object of fields: copy or save the checkpoint again")
     return config
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{directory} lacks {missing[0]}, which its index names ({len(missing)} of {len(files)} shards are "
-                "missing): copy the checkpoint again"
-            )
-        return files
-    files = sorted(directory.glob("model*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
-    if pickles:
-        raise ValueError(
-            f"{directory} holds pickled weights ({pickles[0]}), which can run code when read: save them as "
-            "safetensors, old ModuleFormer weights with tools/convert_moduleformer.py"
-        )
-    raise FileNotFoundError(f"{directory} has no model*.safetensors: give the directory of a saved model")
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The model a run starts with: fresh, or with the weights of a saved one."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
+from modmoe.models.safetensors_stream import weight_files
 from modmoe.parallel.loading import fresh_model, saved_model
 from modmoe.parallel.topology import Topology
 from modmoe.training.bootstrap import world_size
@@ -141,30 +141,13 @@ def check_saved_model(directory: Path) -> None:
         raise ConfigError(f"init directory {directory} does not exist")
     if not (directory / "config.json").is_file():
         raise ConfigError(f"init directory {directory} has no config.json: not a saved model")
-    for path in _weight_files(directory):
-        if not path.is_file():
-            raise ConfigError(f"weights {path} are missing")
+    try:
+        files = weight_files(directory)
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"cannot start from {directory}: {error}") from None
+    for path in files:
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"weights {path} are damaged or truncated: {error}") from None
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is damaged: it names no weight files") from None
-        return [directory / name for name in sorted(names)]
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
-    if pickles:
-        raise ConfigError(
-            f"init directory {directory} holds pickled weights ({pickles[0]}), which can run code when loaded; "
-            "only safetensors are read: convert them first"
-        )
-    raise ConfigError(f"init directory {directory} has no model.safetensors")

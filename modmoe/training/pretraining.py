@@ -15,10 +15,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
+from modmoe.training.agreement import check_agreement, data_fingerprint, run_fingerprint
 from modmoe.training.bootstrap import world_size
 from modmoe.training.checkpoint import check_batch, writing
 from modmoe.training.errors import ConfigError, RunError
-from modmoe.training.fingerprint import check_agreement, data_fingerprint, run_fingerprint
 from modmoe.training.initialization import build_model, check_saved_model, has_vocabulary
 from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.progress import Progress

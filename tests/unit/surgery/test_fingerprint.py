@@ -39,7 +39,7 @@ def test_a_copy_cut_into_shards_is_the_same(checkpoint, tmp_path):
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert checkpoint_fingerprint(copy) == expected
     (copy / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors.*1 of 2 shards"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors is missing \(1 of 2 files"):
         checkpoint_fingerprint(copy)
 
 
@@ -93,8 +93,8 @@ def test_bad_directories(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or truncated"):
         checkpoint_fingerprint(checkpoint)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model\*\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors"):
         checkpoint_fingerprint(checkpoint)
     (checkpoint / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\).*convert_moduleformer"):
+    with pytest.raises(FileNotFoundError, match=r"pickled weights \(pytorch_model\.bin\)"):
         checkpoint_fingerprint(checkpoint)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modmoe import ModMoEConfig
-from modmoe.models.modeling_modmoe import ModMoEMLP
+from modmoe.models.blocks import ModMoEMLP
 from modmoe.surgery.upcycle_ffn import upcycle_ffn
 
 CHANGES = {"copy": {"norm_topk_prob": True}, "cluster": {"unit_gates": True}}

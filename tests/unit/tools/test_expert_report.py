@@ -38,6 +38,7 @@ def run(tmp_path, monkeypatch, capsys):
 
     def call(model, *arguments, data=("notes=notes.txt", "english=embedded:english")):
         small = ["--tokens", "96", "--sequence-length", "16", "--batch-size", "4"]
+        capsys.readouterr()  # what saving the model has written
         code = expert_report.main(["--model", str(model), "--data", *data, "--out", "out", *small, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -104,7 +105,7 @@ def test_models_that_are_refused(native, run, tmp_path, tokenizer):
         tokenizer.save_pretrained(directory)
     for model, message in (
         (tmp_path / "nowhere", "nowhere is not a directory"),
-        (pickled, "holds pickled weights"),
+        (pickled, "only pickled weights"),
         (dense, "'modmoe' has no routed experts"),
         (unknown, "has model type `nonsense`"),
         (small, "tokens but the model knows 97"),

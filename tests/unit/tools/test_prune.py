@@ -184,7 +184,7 @@ def test_broken_weights(run, copy):
     shards[1].write_bytes(shards[1].read_bytes()[:1000])
     assert f"{shards[1]} is damaged or truncated" in run("--keep", 1, model=copy)[2]
     shards[1].unlink()
-    assert f"error: {shards[1]} is missing: copy or save the checkpoint again" in run("--keep", 1, model=copy)[2]
+    assert f"error: {shards[1]} is missing" in run("--keep", 1, model=copy)[2]
     for file in copy.glob("model*"):
         file.unlink()
     (copy / "pytorch_model.bin").write_bytes(b"pickle")

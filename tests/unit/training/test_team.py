@@ -6,8 +6,8 @@ import time
 import pytest
 import torch.distributed as dist
 
+from modmoe.training.agreement import check_agreement, data_fingerprint, run_fingerprint, source_digest
 from modmoe.training.errors import ConfigError, RunError, SharedError
-from modmoe.training.fingerprint import check_agreement, data_fingerprint, run_fingerprint, source_digest
 from modmoe.training.team import Team, join
 
 
