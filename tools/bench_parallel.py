@@ -30,8 +30,8 @@ from benchmarks.stopwatch import resident_mib
 
 from modmoe import ModMoEConfig
 from modmoe.parallel.loading import fresh_model
-from modmoe.training.bootstrap import prepare_process
 from modmoe.training.optimizer import parameter_groups
+from modmoe.training.ranks.bootstrap import prepare_process
 
 PRESET = Path(__file__).parents[1] / "configs" / "model" / "molm_tiny.yaml"
 WARM_UP_STEPS = 3

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import modmoe  # noqa: F401  (registers the model types)
-from modmoe.training.consolidation import consolidate
+from modmoe.training.checkpoints.consolidation import consolidate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

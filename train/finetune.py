@@ -14,12 +14,12 @@ import sys
 import threads  # noqa: F401  (before torch)
 
 from modmoe.training.command_line import run_command
-from modmoe.training.finetuning_config import FinetuningRun
+from modmoe.training.finetuning.config import FinetuningRun
 
 
 def train(run: FinetuningRun) -> int:
     """Train, evaluate, export and report; returns the exit code."""
-    from modmoe.training.finetuning import finetune
+    from modmoe.training.finetuning.run import finetune
 
     return finetune(run)
 

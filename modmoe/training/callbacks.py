@@ -16,10 +16,10 @@ import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modmoe.training.bootstrap import is_main_process
 from modmoe.training.clock import Clock
-from modmoe.training.launcher import Launcher
-from modmoe.training.router_load import RouterLoads
+from modmoe.training.monitoring.router_load import RouterLoads
+from modmoe.training.ranks.bootstrap import is_main_process
+from modmoe.training.ranks.launcher import Launcher
 
 Logs = dict[str, float]
 

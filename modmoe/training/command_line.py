@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from modmoe.training.bootstrap import is_main_process, prepare_process
 from modmoe.training.errors import ConfigError, RunError, SharedError, exit_code
+from modmoe.training.ranks.bootstrap import is_main_process, prepare_process
 from modmoe.training.run_config import RunConfig, describe_keys, load_run_config
 
 Run = TypeVar("Run", bound=RunConfig)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from modmoe.data import DomainStatistics, collate_packed
-from modmoe.training.router_load import RouterLoads
+from modmoe.training.monitoring.router_load import RouterLoads
 
 
 @dataclass

@@ -12,8 +12,8 @@ from modmoe.models import ModMoEConfig, ModMoEForCausalLM
 from modmoe.models.safetensors_stream import weight_files
 from modmoe.parallel.loading import fresh_model, saved_model
 from modmoe.parallel.topology import Topology
-from modmoe.training.bootstrap import world_size
 from modmoe.training.errors import ConfigError
+from modmoe.training.ranks.bootstrap import world_size
 from modmoe.training.run_config import RunConfig, build_model_config
 
 

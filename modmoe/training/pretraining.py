@@ -15,21 +15,21 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from modmoe.data import PreparedData, prepare_data
 from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
-from modmoe.training.agreement import check_agreement, data_fingerprint, run_fingerprint
-from modmoe.training.bootstrap import world_size
-from modmoe.training.checkpoint import check_batch, writing
+from modmoe.training.checkpoints.checkpoint import check_batch, writing
+from modmoe.training.checkpoints.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.initialization import build_model, check_saved_model, has_vocabulary
-from modmoe.training.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
-from modmoe.training.progress import Progress
-from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
-from modmoe.training.router_load import routed_layers
+from modmoe.training.monitoring.progress import Progress
+from modmoe.training.monitoring.report import draw_loss, sample, score_table, write_expert_use, write_results
+from modmoe.training.monitoring.router_load import routed_layers
+from modmoe.training.monitoring.throughput import parameter_counts, trained_parameters
+from modmoe.training.ranks.agreement import check_agreement, data_fingerprint, run_fingerprint
+from modmoe.training.ranks.bootstrap import world_size
+from modmoe.training.ranks.team import Team, join
+from modmoe.training.ranks.watchdog import Watchdog
 from modmoe.training.run_config import RunConfig
 from modmoe.training.status import RunStatus
-from modmoe.training.team import Team, join
-from modmoe.training.throughput import parameter_counts, trained_parameters
 from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
-from modmoe.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 

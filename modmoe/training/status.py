@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modmoe.training.bootstrap import is_main_process, world_size
+from modmoe.training.ranks.bootstrap import is_main_process, world_size
 
 FILE = "status.json"
 HEARTBEAT_SECONDS = 5.0

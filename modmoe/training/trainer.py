@@ -23,9 +23,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCont
 from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.parallel.layout import expert_slice
-from modmoe.training.bootstrap import world_size
 from modmoe.training.callbacks import Console, Intervals, MetricsFile, SelectionBias, Stop, TensorBoard
-from modmoe.training.checkpoint import (
+from modmoe.training.checkpoints.checkpoint import (
     STATE,
     checkpoint_dir,
     latest_complete,
@@ -36,24 +35,25 @@ from modmoe.training.checkpoint import (
     together,
     writing,
 )
+from modmoe.training.checkpoints.consolidation import check_same_architecture, write_model
+from modmoe.training.checkpoints.engine_state import EngineState
+from modmoe.training.checkpoints.output_dir import save_run_file
+from modmoe.training.checkpoints.sharded_state import Piece, ShardedState, write_index, write_pieces
 from modmoe.training.clock import Clock
-from modmoe.training.consolidation import check_same_architecture, write_model
-from modmoe.training.engine_state import EngineState
 from modmoe.training.errors import DivergedError, RunError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
-from modmoe.training.events import Events
-from modmoe.training.late import Late
-from modmoe.training.metric_window import MetricWindow
-from modmoe.training.nonfinite import Finding, find_nonfinite
+from modmoe.training.monitoring.events import Events
+from modmoe.training.monitoring.late import Late
+from modmoe.training.monitoring.metric_window import MetricWindow
+from modmoe.training.monitoring.nonfinite import Finding, find_nonfinite
+from modmoe.training.monitoring.router_load import routed_layers
+from modmoe.training.monitoring.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
+from modmoe.training.monitoring.throughput import flops_per_token, peak_tflops
 from modmoe.training.optimizer import build_optimizer, build_scheduler
-from modmoe.training.output_dir import save_run_file
 from modmoe.training.precision import Precision, autocast, resolve_precision
-from modmoe.training.router_load import routed_layers
+from modmoe.training.ranks.bootstrap import world_size
+from modmoe.training.ranks.stragglers import Stragglers
 from modmoe.training.run_config import RunConfig
-from modmoe.training.sharded_state import Piece, ShardedState, write_index, write_pieces
-from modmoe.training.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
-from modmoe.training.stragglers import Stragglers
-from modmoe.training.throughput import flops_per_token, peak_tflops
 
 Batch = dict[str, torch.Tensor]
 

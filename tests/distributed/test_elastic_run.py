@@ -9,10 +9,10 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from modmoe.training.bootstrap import prepare_process
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import together
+from modmoe.training.checkpoints.checkpoint import together
 from modmoe.training.errors import RunError
+from modmoe.training.ranks.bootstrap import prepare_process
 from modmoe.training.run_config import load_run_config
 from tests.launching import CONFIG, run_ranks
 

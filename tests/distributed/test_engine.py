@@ -9,8 +9,8 @@ import torch.distributed as dist
 from modmoe.models import ModMoEConfig
 from modmoe.parallel.layout import expert_slice
 from modmoe.parallel.loading import fresh_model
-from modmoe.training.bootstrap import prepare_process
 from modmoe.training.optimizer import parameter_groups
+from modmoe.training.ranks.bootstrap import prepare_process
 from modmoe.training.trainer import gradient_norm
 from tests.distributed.test_expert_parallel import TINY
 from tests.launching import run_ranks

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints, defect, latest_complete, step_of
+from modmoe.training.checkpoints.checkpoint import checkpoints, defect, latest_complete, step_of
 from tests.launching import CONFIG, SCRIPT, TIMEOUT, Launch, deepspeed_command, free_port
 
 pytest.importorskip("deepspeed")

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from modmoe.training.bootstrap import prepare_process
 from modmoe.training.callbacks import read_metrics
+from modmoe.training.ranks.bootstrap import prepare_process
 from modmoe.training.run_config import check_run_config
 from tests.launching import run_ranks
 from tests.unit.training.conftest import cache_dir, content, corpus

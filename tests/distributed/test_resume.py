@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from modmoe.parallel.loading import fresh_model
-from modmoe.training.bootstrap import prepare_process
-from modmoe.training.engine_state import EngineState
+from modmoe.training.checkpoints.engine_state import EngineState
+from modmoe.training.checkpoints.sharded_state import ShardedState, write_index, write_pieces
 from modmoe.training.optimizer import parameter_groups
-from modmoe.training.sharded_state import ShardedState, write_index, write_pieces
+from modmoe.training.ranks.bootstrap import prepare_process
 from tests.distributed.test_engine import BLOCKS, MAX_NORM, OPTIMIZERS, blocks, clip, config, loss_share
 from tests.launching import run_ranks
 

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from modmoe.training.checkpoint import checkpoints, defect
+from modmoe.training.checkpoints.checkpoint import checkpoints, defect
 from modmoe.training.status import judge
 from tests.launching import CONFIG, SCRIPT, deepspeed_command, free_port
 
@@ -104,8 +104,8 @@ STUCK = """
 import sys, time
 from pathlib import Path
 from modmoe.training.status import RunStatus
-from modmoe.training.team import join
-from modmoe.training.watchdog import Watchdog
+from modmoe.training.ranks.team import join
+from modmoe.training.ranks.watchdog import Watchdog
 team = join(30, 600)
 with Watchdog(team, stuck_seconds=600) as watchdog:
     watchdog.status = RunStatus(Path(sys.argv[-1]))

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints, defect
+from modmoe.training.checkpoints.checkpoint import checkpoints, defect
 
 from .conftest import CONFIG, SCRIPT
 

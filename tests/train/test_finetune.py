@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.data import train_bpe
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints
+from modmoe.training.checkpoints.checkpoint import checkpoints
 from tests.launching import ROOT, deepspeed_command
 
 pytest.importorskip("deepspeed")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modmoe  # noqa: F401  (registers the model type)
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints, defect
+from modmoe.training.checkpoints.checkpoint import checkpoints, defect
 from modmoe.training.command_line import fail
 from modmoe.training.errors import ConfigError, RunError
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from modmoe.training.checkpoint import checkpoint_dir, mark_complete
+from modmoe.training.checkpoints.checkpoint import checkpoint_dir, mark_complete
 from modmoe.training.run_config import check_run_config
 from modmoe.training.yaml_config import apply_override
 

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from modmoe.training.checkpoint import (
+from modmoe.training.checkpoints.checkpoint import (
     check_batch,
     checkpoints,
     defect,

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from modmoe.parallel.layout import ExpertSlice, set_expert_slice
-from modmoe.training.engine_state import EngineState
+from modmoe.training.checkpoints.engine_state import EngineState
+from modmoe.training.checkpoints.sharded_state import ShardedState, write_index, write_pieces
 from modmoe.training.errors import RunError
-from modmoe.training.sharded_state import ShardedState, write_index, write_pieces
 
 OPTIMIZERS = {
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, fused=True),

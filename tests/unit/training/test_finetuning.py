@@ -16,13 +16,13 @@ from modmoe.surgery.extend import add_extension
 from modmoe.surgery.fingerprint import checkpoint_identity
 from modmoe.surgery.usage import measure_usage
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints
-from modmoe.training.consolidation import consolidate
+from modmoe.training.checkpoints.checkpoint import checkpoints
+from modmoe.training.checkpoints.consolidation import consolidate
+from modmoe.training.checkpoints.output_dir import claim_output_dir, save_run_file
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning import FinetuningTrainer, build_tuned_model
-from modmoe.training.finetuning_config import FinetuningRun
+from modmoe.training.finetuning.config import FinetuningRun
+from modmoe.training.finetuning.run import FinetuningTrainer, build_tuned_model
 from modmoe.training.initialization import model_config
-from modmoe.training.output_dir import claim_output_dir, save_run_file
 from modmoe.training.run_config import check_run_config
 from modmoe.training.trainer import training_arguments
 from modmoe.training.yaml_config import apply_override

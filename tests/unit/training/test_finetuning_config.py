@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning_config import FinetuningRun
+from modmoe.training.finetuning.config import FinetuningRun
 from modmoe.training.run_config import RunConfig, check_run_config, describe_keys
 from modmoe.training.yaml_config import apply_override
 

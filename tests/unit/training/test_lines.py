@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from modmoe.training.lines import Ended, Hub, Line
+from modmoe.training.ranks.lines import Ended, Hub, Line
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modmoe.training.metric_window import MetricWindow
+from modmoe.training.monitoring.metric_window import MetricWindow
 
 
 def outputs(loss, load):

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from modmoe.training.checkpoint import checkpoints
+from modmoe.training.checkpoints.checkpoint import checkpoints
+from modmoe.training.checkpoints.output_dir import claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.errors import ConfigError, RunError
-from modmoe.training.output_dir import claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.yaml_config import load_yaml
 
 from .conftest import save_checkpoint

@@ -2,8 +2,8 @@
 
 import torch
 
-from modmoe.training import bootstrap
 from modmoe.training.precision import autocast, resolve_precision
+from modmoe.training.ranks import bootstrap
 
 
 def test_explicit_settings_stand():

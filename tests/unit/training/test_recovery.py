@@ -7,9 +7,9 @@ import torch
 
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.training.errors import ConfigError
-from modmoe.training.events import Events
-from modmoe.training.finetuning_config import PruningSection
-from modmoe.training.recovery import Recovery, is_due, share_at
+from modmoe.training.finetuning.config import PruningSection
+from modmoe.training.finetuning.recovery import Recovery, is_due, share_at
+from modmoe.training.monitoring.events import Events
 
 from .conftest import MODEL
 

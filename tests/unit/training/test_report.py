@@ -8,8 +8,8 @@ import torch
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.data import DomainStatistics, train_bpe
 from modmoe.training.evaluation import DomainScore
-from modmoe.training.report import draw_loss, sample, score_table, write_expert_use, write_results
-from modmoe.training.router_load import RouterLoads
+from modmoe.training.monitoring.report import draw_loss, sample, score_table, write_expert_use, write_results
+from modmoe.training.monitoring.router_load import RouterLoads
 
 from .conftest import MODEL
 

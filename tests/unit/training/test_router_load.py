@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modmoe.models import ModMoEConfig
-from modmoe.training.router_load import RouterLoads, balance, rank_load, routed_layers
+from modmoe.training.monitoring.router_load import RouterLoads, balance, rank_load, routed_layers
 
 
 def test_an_even_load():

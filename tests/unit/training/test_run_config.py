@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning_config import FinetuningRun
+from modmoe.training.finetuning.config import FinetuningRun
 from modmoe.training.optimizer import OPTIMIZERS
 from modmoe.training.run_config import (
     OptimizationConfig,

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from modmoe.training.sharded_state import Piece, ShardedState, rank_file, write_index, write_pieces
+from modmoe.training.checkpoints.sharded_state import Piece, ShardedState, rank_file, write_index, write_pieces
 
 TENSORS = {
     "experts": torch.randn(4, 3, 5),

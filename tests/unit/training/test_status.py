@@ -79,8 +79,8 @@ WATCHED = """
 import sys, time
 from pathlib import Path
 from modmoe.training.status import RunStatus
-from modmoe.training.team import Team
-from modmoe.training.watchdog import Watchdog
+from modmoe.training.ranks.team import Team
+from modmoe.training.ranks.watchdog import Watchdog
 with Watchdog(Team(0, 1, None), stuck_seconds=0.2) as watchdog:
     watchdog.status = RunStatus(Path(sys.argv[1]))
     watchdog.progress()

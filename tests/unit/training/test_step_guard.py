@@ -8,11 +8,11 @@ import torch
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
 from modmoe.training.errors import DivergedError
-from modmoe.training.events import Events
-from modmoe.training.late import Late
-from modmoe.training.loss_spikes import LossSpikes
-from modmoe.training.nonfinite import find_nonfinite
-from modmoe.training.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
+from modmoe.training.monitoring.events import Events
+from modmoe.training.monitoring.late import Late
+from modmoe.training.monitoring.loss_spikes import LossSpikes
+from modmoe.training.monitoring.nonfinite import find_nonfinite
+from modmoe.training.monitoring.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
 
 from .conftest import MODEL
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import torch.distributed as dist
 
-from modmoe.training.agreement import check_agreement, data_fingerprint, run_fingerprint, source_digest
 from modmoe.training.errors import ConfigError, RunError, SharedError
-from modmoe.training.team import Team, join
+from modmoe.training.ranks.agreement import check_agreement, data_fingerprint, run_fingerprint, source_digest
+from modmoe.training.ranks.team import Team, join
 
 
 def as_ranks(size, work, absent=()):

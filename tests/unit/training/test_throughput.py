@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modmoe.models import ModMoEConfig, ModMoEForCausalLM
 from modmoe.ops import use_backend
-from modmoe.training.stragglers import Stragglers
-from modmoe.training.throughput import attention_flops_per_token, flops_per_token, peak_tflops
+from modmoe.training.monitoring.throughput import attention_flops_per_token, flops_per_token, peak_tflops
+from modmoe.training.ranks.stragglers import Stragglers
 
 from .conftest import MODEL
 
@@ -60,8 +60,8 @@ def test_the_slowest_rank_is_named(monkeypatch):
         for rank, tensor in enumerate(everyone):
             tensor.copy_(own * (3 if rank == 2 else 1))
 
-    monkeypatch.setattr("modmoe.training.stragglers.dist.get_world_size", lambda: 4)
-    monkeypatch.setattr("modmoe.training.stragglers.dist.all_gather", all_gather)
+    monkeypatch.setattr("modmoe.training.ranks.stragglers.dist.get_world_size", lambda: 4)
+    monkeypatch.setattr("modmoe.training.ranks.stragglers.dist.all_gather", all_gather)
     metrics = stragglers.metrics(2, torch.device("cpu"))
     assert (metrics["rank/slowest"], metrics["rank/slowest_over_median"]) == (2, 3.0)
     assert metrics["rank/own_seconds_per_step"] == pytest.approx(0.5, abs=0.1)

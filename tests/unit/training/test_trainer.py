@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from modmoe.data import prepare_data
-from modmoe.training import checkpoint as checkpointing
 from modmoe.training.callbacks import read_metrics
-from modmoe.training.checkpoint import checkpoints
-from modmoe.training.consolidation import consolidate
+from modmoe.training.checkpoints import checkpoint as checkpointing
+from modmoe.training.checkpoints.checkpoint import checkpoints
+from modmoe.training.checkpoints.consolidation import consolidate
+from modmoe.training.checkpoints.output_dir import claim_output_dir, save_run_file
 from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
-from modmoe.training.output_dir import claim_output_dir, save_run_file
 from modmoe.training.pretraining import parameter_counts, summary
 from modmoe.training.trainer import ModMoETrainer, deepspeed_config, training_arguments
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modmoe.training.finetuning_config import RouterLossSection
+from modmoe.training.finetuning.config import RouterLossSection
 
 
 class RouterLossSchedule(TrainerCallback):

@@ -3,7 +3,7 @@
 from modmoe.models import ModMoEForCausalLM
 from modmoe.surgery.extend import train_only
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning_config import FinetuningSection
+from modmoe.training.finetuning.config import FinetuningSection
 
 
 def choose_parameters(model: ModMoEForCausalLM, tuning: FinetuningSection) -> None:

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Self
 
 from modmoe.training.errors import ConfigError, DivergedError, RunError, exit_code
-from modmoe.training.launcher import Launcher
-from modmoe.training.lines import Ended
+from modmoe.training.ranks.launcher import Launcher
+from modmoe.training.ranks.lines import Ended
+from modmoe.training.ranks.team import Team
 from modmoe.training.status import RunStatus
-from modmoe.training.team import Team
 
 _INTERVAL = 1.0
 _PATIENCE = 2.0  # seconds for the main thread to fail by itself, in its own words

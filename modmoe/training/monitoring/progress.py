@@ -5,11 +5,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from modmoe.training.checkpoint import checkpoint_dir
+from modmoe.training.checkpoints.checkpoint import checkpoint_dir
+from modmoe.training.monitoring.step_guard import StepGuard
+from modmoe.training.ranks.watchdog import Watchdog
 from modmoe.training.run_config import RunConfig
 from modmoe.training.status import RunStatus
-from modmoe.training.step_guard import StepGuard
-from modmoe.training.watchdog import Watchdog
 
 
 class Progress(TrainerCallback):

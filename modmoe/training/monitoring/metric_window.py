@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from modmoe.training.router_load import RouterLoads
+from modmoe.training.monitoring.router_load import RouterLoads
 
 
 class MetricWindow:

@@ -25,8 +25,8 @@ from modmoe.surgery.retire import retire
 from modmoe.surgery.routed_modules import RoutedModule, find_routed_modules
 from modmoe.surgery.usage import UsageReport
 from modmoe.training.errors import ConfigError
-from modmoe.training.events import Events
-from modmoe.training.finetuning_config import PruningSection
+from modmoe.training.finetuning.config import PruningSection
+from modmoe.training.monitoring.events import Events
 
 logger = logging.getLogger(__name__)
 

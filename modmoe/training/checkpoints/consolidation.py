@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models.safetensors_stream import TensorSpec, WeightsWriter
-from modmoe.training.checkpoint import RETIRED, STATE, defect
-from modmoe.training.engine_state import WEIGHT
-from modmoe.training.sharded_state import ShardedState
+from modmoe.training.checkpoints.checkpoint import RETIRED, STATE, defect
+from modmoe.training.checkpoints.engine_state import WEIGHT
+from modmoe.training.checkpoints.sharded_state import ShardedState
 
 # What a saved config says beyond the architecture.
 _NOT_ARCHITECTURE = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from modmoe.parallel.layout import expert_slice
-from modmoe.training.checkpoint import together
+from modmoe.training.checkpoints.checkpoint import together
+from modmoe.training.checkpoints.sharded_state import Piece, ShardedState
 from modmoe.training.errors import RunError
-from modmoe.training.sharded_state import Piece, ShardedState
 
 WEIGHT = "weight"
 _LEARNING_RATE = "lr"

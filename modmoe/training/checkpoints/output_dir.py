@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import yaml
 
 import modmoe
-from modmoe.training.checkpoint import checkpoints, latest_complete, writing
+from modmoe.training.checkpoints.checkpoint import checkpoints, latest_complete, writing
 from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.run_config import RunConfig
 from modmoe.training.yaml_config import flatten, load_yaml

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from modmoe.layers.experts import ExpertLinear, GatedFFN, PlainFFN
 from modmoe.layers.router import Router
 from modmoe.models import ModMoEForCausalLM
-from modmoe.training.engine_state import WEIGHT
+from modmoe.training.checkpoints.engine_state import WEIGHT
+from modmoe.training.checkpoints.sharded_state import ShardedState
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning_config import LoraSection
-from modmoe.training.sharded_state import ShardedState
+from modmoe.training.finetuning.config import LoraSection
 
 ADAPTER = "adapter"
 _NAME = "default"

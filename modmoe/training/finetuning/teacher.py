@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from modmoe.losses.distillation import hidden_error, summed_kl
 from modmoe.training.errors import ConfigError
-from modmoe.training.finetuning_config import TeacherSection
+from modmoe.training.finetuning.config import TeacherSection
 from modmoe.training.initialization import has_vocabulary
 from modmoe.training.precision import Precision
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from modmoe.training.bootstrap import world_size
 from modmoe.training.errors import RunError, SharedError
-from modmoe.training.lines import Hub, Line
+from modmoe.training.ranks.bootstrap import world_size
+from modmoe.training.ranks.lines import Hub, Line
 
 _JOINS = itertools.count()  # keys of an earlier run in these processes must not answer for this one's
 _PREPARATION_SECONDS = 4 * 3600  # what rank 0 may take to tokenise while the others wait

@@ -11,19 +11,19 @@ from transformers import PreTrainedTokenizerFast
 from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.surgery.usage import UsageReport, measure_usage
-from modmoe.training.checkpoint import RETIRED
-from modmoe.training.consolidation import write_all_but_weights, write_model
+from modmoe.training.checkpoints.checkpoint import RETIRED
+from modmoe.training.checkpoints.consolidation import write_all_but_weights, write_model
+from modmoe.training.checkpoints.sharded_state import ShardedState
 from modmoe.training.errors import ConfigError
-from modmoe.training.events import Events
-from modmoe.training.finetuning_config import FinetuningRun, TeacherSection
+from modmoe.training.finetuning.config import FinetuningRun, TeacherSection
+from modmoe.training.finetuning.lora import ADAPTER, add_adapters, write_adapter, write_merged
+from modmoe.training.finetuning.recovery import Recovery
+from modmoe.training.finetuning.router_schedule import RouterLossSchedule
+from modmoe.training.finetuning.teacher import Teacher, load_teacher, without_sharding
+from modmoe.training.finetuning.trained_part import choose_parameters
 from modmoe.training.initialization import build_model
-from modmoe.training.lora import ADAPTER, add_adapters, write_adapter, write_merged
+from modmoe.training.monitoring.events import Events
 from modmoe.training.pretraining import carry_out
-from modmoe.training.recovery import Recovery
-from modmoe.training.router_schedule import RouterLossSchedule
-from modmoe.training.sharded_state import ShardedState
-from modmoe.training.teacher import Teacher, load_teacher, without_sharding
-from modmoe.training.trained_part import choose_parameters
 from modmoe.training.trainer import Batch, ModMoETrainer, run_precision
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import modmoe
 from modmoe.data import PreparedData
+from modmoe.training.checkpoints.output_dir import versions
 from modmoe.training.errors import ConfigError
-from modmoe.training.output_dir import versions
+from modmoe.training.ranks.team import Team
 from modmoe.training.run_config import RunConfig
-from modmoe.training.team import Team
 from modmoe.training.yaml_config import flatten
 
 _MAY_DIFFER = ("data.cache_dir", "data.workers")

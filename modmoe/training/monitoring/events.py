@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from modmoe.training.bootstrap import is_main_process
+from modmoe.training.ranks.bootstrap import is_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from modmoe.training.errors import DivergedError
-from modmoe.training.events import Events
-from modmoe.training.loss_spikes import LossSpikes
+from modmoe.training.monitoring.events import Events
+from modmoe.training.monitoring.loss_spikes import LossSpikes
 
 
 class Outcome(NamedTuple):

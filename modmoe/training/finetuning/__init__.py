@@ -1,0 +1,1 @@
+"""Fine-tuning: what is trained, on which schedule, against which teacher."""
