@@ -84,10 +84,13 @@ def ended(stop, step):
 
 @pytest.fixture
 def stop():
+    # Under nohup a hang-up is ignored, and stays so: not what is tested here.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     made = Stop(Clock())
     made.on_train_begin(SimpleNamespace(world_size=1), state(0), None)
     yield made
     made.on_train_end(None, state(0), None)
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
