@@ -40,7 +40,7 @@ from modmoe.training.checkpoints.engine_state import EngineState
 from modmoe.training.checkpoints.output_dir import save_run_file
 from modmoe.training.checkpoints.sharded_state import Piece, ShardedState, write_index, write_pieces
 from modmoe.training.clock import Clock
-from modmoe.training.errors import DivergedError, RunError
+from modmoe.training.errors import DivergedError, RunError, SharedError
 from modmoe.training.evaluation import DomainScore, evaluate_domains
 from modmoe.training.monitoring.events import Events
 from modmoe.training.monitoring.late import Late
@@ -565,16 +565,20 @@ class ModMoETrainer(Trainer):
         Go on from a checkpoint of any number of processes, any sharding and any engine.
 
         Raises:
-            RunError: if it is not one of this model and optimizer, or damaged.
+            SharedError: if it is not one of this model and optimizer.
+            RunError: if it is damaged, perhaps where this rank alone reads.
         """
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         try:
-            state = ShardedState(checkpoint / STATE)
             check_same_architecture(checkpoint, self.model.config)
-            if state.values["optimizer"] != self.run.optimization.optimizer:
-                ours = self.run.optimization.optimizer
-                raise ValueError(f"its optimizer is {state.values['optimizer']}, this run's {ours}")
+        except ValueError as error:
+            raise SharedError(f"cannot resume from {checkpoint}: {error}") from None
+        try:
+            state = ShardedState(checkpoint / STATE)
+            there, here = state.values["optimizer"], self.run.optimization.optimizer
+            if there != here:
+                raise SharedError(f"cannot resume from {checkpoint}: its optimizer is {there}, this run's {here}")
             self._engine_state.load(state)
             self._load_values(state.values)
         except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from modmoe.training.errors import RunError
+from modmoe.training.errors import RunError, SharedError
 
 logger = logging.getLogger(__name__)
 
@@ -116,17 +116,17 @@ def check_batch(checkpoint: Path, world_size: int, micro_batch_size: int, gradie
     stopped, without repeating or losing a block, and with the same learning rates.
 
     Raises:
-        RunError: if they are not, or if the checkpoint is of a format that is no longer read; says what to do.
+        SharedError: if they are not, or if the checkpoint is of a format that is no longer read; says what to do.
     """
     before = read_manifest(checkpoint).get("blocks_per_step")
     if before is None:
-        raise RunError(
+        raise SharedError(
             f"{checkpoint} was written by an older version and its optimizer state cannot be read: begin a new run "
             f"from its weights with --init {checkpoint} and another output_dir"
         )
     now = micro_batch_size * gradient_accumulation * world_size
     if now != before:
-        raise RunError(
+        raise SharedError(
             f"{checkpoint} was written with {before} blocks per step, and micro_batch_size={micro_batch_size} x "
             f"gradient_accumulation={gradient_accumulation} x {world_size} processes are {now}: "
             f"{_batch_remedy(before, world_size, micro_batch_size)}"
