@@ -25,14 +25,39 @@ CONFIGS = ROOT / "experiments"
 RESULTS = ROOT / "docs" / "results"
 DOMAINS = ("python", "english", "c")
 
+Values = dict[str, Any]
+"""What was measured with one seed, by name."""
 
-def parse(doc: str, seeds: Iterable[int]) -> argparse.Namespace:
-    """The command line of an experiment."""
+
+def main(
+    doc: str,
+    experiment: str,
+    measure_seed: Callable[[int, Path], None],
+    table: Callable[[list[Values]], str],
+    draw: Callable[[list[Values], Path], None],
+) -> None:
+    """
+    The command line of an experiment.
+
+    Args:
+        doc: for --help.
+        experiment: its directory in docs/results.
+        measure_seed: measures with a seed, training below a directory.
+        table: of the values of all seeds, as Markdown.
+        draw: the picture of them, to a PNG file.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where models are trained")
-    parser.add_argument("--summary", action="store_true", help="only draw what was measured already")
-    return parser.parse_args()
+    parser.add_argument("--summary", action="store_true", help="only show what was measured already")
+    options = parser.parse_args()
+    if not options.summary:
+        for seed in options.seeds:
+            measure_seed(seed, options.runs / f"seed-{seed}")
+    results = [Results(experiment, seed).values for seed in options.seeds]
+    (RESULTS / experiment / "table.md").write_text(table(results))
+    print(table(results))
+    draw(results, RESULTS / experiment / "curves.png")
 
 
 def train(script: str, config: str, out: Path, **options: Any) -> Path:
@@ -102,7 +127,7 @@ class Results:
 
     def __init__(self, experiment: str, seed: int) -> None:
         self.path = RESULTS / experiment / f"seed-{seed}.json"
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.values: Values = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def measure(self, name: str, how: Callable[[], Any]) -> Any:
         """The value of that name, measured now if it was not yet."""

@@ -15,7 +15,7 @@ Writes docs/results/extend; what a seed's file there holds already is not measur
 from functools import partial
 from pathlib import Path
 
-from common import DOMAINS, RESULTS, ROOT, Results, Scorer, mean_and_spread, parse, run, train
+from common import DOMAINS, ROOT, Results, Scorer, Values, main, mean_and_spread, run, train
 
 NAME = "extend"
 C = "{name: c, embedded: c, max_bytes: 4000000, weight: 0.5}"
@@ -30,9 +30,9 @@ TITLES = {"extension": "extension", "lora": "LoRA", "full": "full fine-tuning"}
 class Models:
     """The models of one seed; each is trained when it is asked for first, after those that it starts from."""
 
-    def __init__(self, seed: int, runs: Path) -> None:
+    def __init__(self, seed: int, directory: Path) -> None:
         self.seed = seed
-        self.directory = runs / f"seed-{seed}"
+        self.directory = directory
 
     def base(self) -> Path:
         return train("pretrain.py", "base.yaml", self.directory / "base", seed=self.seed)
@@ -56,8 +56,8 @@ class Models:
         return train("finetune.py", "extend.yaml", out, init=init, optimization__learning_rate=rate, **options)
 
 
-def measure_seed(seed: int, runs: Path) -> None:
-    models, results = Models(seed, runs), Results(NAME, seed)
+def measure_seed(seed: int, directory: Path) -> None:
+    models, results = Models(seed, directory), Results(NAME, seed)
     score = Scorer(models.base)
     results.measure("base", lambda: score(models.base()))
     for method, rate in LEARNING_RATES.items():
@@ -66,7 +66,7 @@ def measure_seed(seed: int, runs: Path) -> None:
             results.measure(f"{method}/{recipe}", how)
 
 
-def summarise(results: list[dict]) -> None:
+def table(results: list[Values]) -> str:
     lines = [
         "Cross entropy on validation text: of C in nats per token, of old domains its change in %; mean ± standard "
         f"deviation over {len(results)} seeds.",
@@ -84,16 +84,14 @@ def summarise(results: list[dict]) -> None:
                 mean_and_spread(increase(r, f"{method}/{recipe}", domain) for r in results) for domain in DOMAINS[:2]
             ]
             lines.append(f"| {recipe} | {title} | {new} | " + " | ".join(old) + " |")
-    (RESULTS / NAME / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw(results, RESULTS / NAME / "forgetting.png")
+    return "\n".join(lines) + "\n"
 
 
-def increase(result: dict, name: str, domain: str) -> float:
+def increase(result: Values, name: str, domain: str) -> float:
     return 100 * (result[name][domain] / result["base"][domain] - 1)
 
 
-def draw(results: list[dict], path: Path) -> None:
+def draw(results: list[Values], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -110,8 +108,4 @@ def draw(results: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    options = parse(__doc__, seeds=(0, 1, 2))
-    if not options.summary:
-        for seed in options.seeds:
-            measure_seed(seed, options.runs / f"seed-{seed}")
-    summarise([Results(NAME, seed).values for seed in options.seeds])
+    main(__doc__, NAME, measure_seed, table, draw)

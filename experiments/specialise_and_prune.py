@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, Results, Scorer, mean_and_spread, parse, run, train
+from common import ROOT, Results, Scorer, Values, main, mean_and_spread, run, train
 
 from modmoe.surgery.expert_tensors import ExpertCheckpoint
 from modmoe.surgery.prune import Denominator, Pruning, choose_pruning
@@ -32,7 +32,7 @@ NAME = "specialise_and_prune"
 ROUTER_LOSSES = {
     "mutual-information": None,
     "none": "{type: none, coefficient: 0}",
-    "concentration": "{type: concentration, coefficient: 0.02, warmup_steps: 100}",
+    "concentration": "{type: concentration, coefficient: 0.02, warmup_steps: %d}",
 }
 METRICS = ("frequency", "gate", "reap", "random")
 RANDOM_DRAWS = 3
@@ -45,15 +45,15 @@ FURTHER = {"optimization__steps": 200, "optimization__learning_rate": 5e-4}
 class Models:
     """The models of one seed; each is trained when it is asked for first, after those that it starts from."""
 
-    def __init__(self, seed: int, runs: Path) -> None:
+    def __init__(self, seed: int, directory: Path) -> None:
         self.seed = seed
-        self.directory = runs / f"seed-{seed}"
+        self.directory = directory
 
     def base(self) -> Path:
         return train("pretrain.py", "base.yaml", self.directory / "base", seed=self.seed)
 
     def specialised(self, loss: str) -> Path:
-        return self._tune(loss, loss, self.base())
+        return self._tune(loss, loss, self.base(), warmup_steps=100)
 
     def longer(self, loss: str) -> Path:
         return self._tune(f"{loss}-longer", loss, self.specialised(loss), **FURTHER)
@@ -71,9 +71,10 @@ class Models:
             self.pruning(loss, keep, "reap").write(start)
         return self._tune(f"{loss}-pruned-{keep}-trained", loss, start, **FURTHER)
 
-    def _tune(self, name: str, loss: str, init: Path, **options: Any) -> Path:
-        if ROUTER_LOSSES[loss] is not None:
-            options["finetuning__router_loss"] = ROUTER_LOSSES[loss]
+    def _tune(self, name: str, loss: str, init: Path, warmup_steps: int = 0, **options: Any) -> Path:
+        section = ROUTER_LOSSES[loss]
+        if section is not None:
+            options["finetuning__router_loss"] = section.replace("%d", str(warmup_steps))
         return train("finetune.py", "specialise.yaml", self.directory / name, seed=self.seed, init=init, **options)
 
     def usage(self, loss: str) -> UsageReport:
@@ -100,8 +101,8 @@ class Models:
         return Pruning(checkpoint, kept, "drop")
 
 
-def measure_seed(seed: int, runs: Path) -> None:
-    models, results = Models(seed, runs), Results(NAME, seed)
+def measure_seed(seed: int, directory: Path) -> None:
+    models, results = Models(seed, directory), Results(NAME, seed)
     score = Scorer(models.base)
     results.measure("base", lambda: score(models.base()))
     for loss in ROUTER_LOSSES:
@@ -146,7 +147,7 @@ def pruned_score(
 # ---- What is shown ----
 
 
-def summarise(results: list[dict]) -> None:
+def table(results: list[Values]) -> str:
     lines = [
         "Cross entropy on Python's validation text in nats per token: of the specialised model, then the change in % "
         f"when experts go; mean ± standard deviation over {len(results)} seeds.",
@@ -182,16 +183,14 @@ def summarise(results: list[dict]) -> None:
     for loss in ROUTER_LOSSES:
         used = [mean_and_spread((r[f"{loss}/use"][side] for r in results), "{:.1f}") for side in ("ffn", "attn")]
         lines.append(f"| {loss} | " + " | ".join(used) + " |")
-    (RESULTS / NAME / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    draw(results, RESULTS / NAME / "curves.png")
+    return "\n".join(lines) + "\n"
 
 
-def increase(result: dict, name: str, against: str) -> float:
+def increase(result: Values, name: str, against: str) -> float:
     return 100 * (result[name]["python"] / result[against]["python"] - 1)
 
 
-def draw(results: list[dict], path: Path) -> None:
+def draw(results: list[Values], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -222,8 +221,4 @@ def plot(axis, x, curves: list[list[float]], label: str, marker: str) -> None:
 
 
 if __name__ == "__main__":
-    options = parse(__doc__, seeds=(0, 1, 2))
-    if not options.summary:
-        for seed in options.seeds:
-            measure_seed(seed, options.runs / f"seed-{seed}")
-    summarise([Results(NAME, seed).values for seed in options.seeds])
+    main(__doc__, NAME, measure_seed, table, draw)
