@@ -140,7 +140,9 @@ def _by_prefix(outputs: Any, field: str) -> dict[str, Iterable[torch.Tensor]]:
 
 def _exact(found: dict[str, Iterable[torch.Tensor] | None]) -> Sums:
     """In float64, which holds every count that occurs exactly; without those who have no router."""
-    return {key: [tensor.detach().to(torch.float64) for tensor in tensors] for key, tensors in found.items() if tensors}
+    return {
+        key: [tensor.detach().to(torch.float64) for tensor in tensors] for key, tensors in found.items() if tensors
+    }
 
 
 def _by_side(sums: Sums, layers: dict[str, list[int]]) -> Sums:

@@ -3,7 +3,11 @@
 import extend
 import pack
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from modmoe.surgery.fingerprint import checkpoint_identity
+from modmoe.surgery.usage import measure_usage
 
 from ..models.conftest import build
 
@@ -61,9 +65,22 @@ def test_what_a_pack_was_made_beside_is_told(run):
     assert out.startswith("note: pack 'b' was made in a model with extension 'a', which is not here\n")
 
 
+def test_clones_follow_a_usage_report(run, tmp_path):
+    ids = torch.arange(97)[None]
+    report = measure_usage(build(), {"d": [{"input_ids": ids}]}, identity=checkpoint_identity(tmp_path / "base"))
+    report.save(tmp_path / "usage.json")
+    clone = "--model base --experts 2 --attn-experts 1 --init clone"
+    assert run(extend, f"{clone} --out first")[0] == 0
+    assert run(extend, f"{clone} --usage usage.json --domain d --out used")[0] == 0
+    first, used = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "used"))
+    assert any(not tensor.equal(first[name]) for name, tensor in used.items())
+
+
 @pytest.mark.parametrize(
     ("tool", "command", "message"),
     [
+        (extend, "--model base --experts 1 --init clone --usage no.json --out out", "no usage report at no.json"),
+        (extend, "--model base --experts 1 --domain c --out out", "--domain c is of a usage report: give one with"),
         (extend, "--model base --out out", "give it at least one expert"),
         (extend, "--model base --experts 2 --top-k 3 --out out", "num_experts_per_tok=3 of extension 'extension'"),
         (extend, "--model nowhere --experts 2 --out out", "nowhere has no config.json"),
