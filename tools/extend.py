@@ -6,8 +6,8 @@
 Every layer gets new FFN and attention experts. "group" (the default) gives them a router of their own, whose null
 choice lets a token use none of them: with --init zero the model answers as before, bit for bit, until it is trained.
 "common" puts them into the old routers, where they take mass from the old gates and slots from the old experts
-(ModuleFormer's way). --init clone copies the first experts of each layer, or with --usage the most used ones. Train what
-is new with train/finetune.py, method "extension", and ship it with tools/pack.py.
+(ModuleFormer's way). --init clone copies the first experts of each layer, or with --usage the most used ones. Train
+what is new with train/finetune.py, method "extension", and ship it with tools/pack.py.
 """
 
 import argparse

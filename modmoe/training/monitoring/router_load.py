@@ -1,6 +1,6 @@
 """How evenly routers spread tokens over experts: sums kept on the device and a few bounded figures per router."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def _by_prefix(outputs: Any, field: str) -> dict[str, Iterable[torch.Tensor]]:
     return {f"{name}/": tensors for name, tensors in (getattr(outputs, field, None) or {}).items()}
 
 
-def _exact(found: dict[str, Iterable[torch.Tensor] | None]) -> Sums:
+def _exact(found: Mapping[str, Iterable[torch.Tensor] | None]) -> Sums:
     """In float64, which holds every count that occurs exactly; without those who have no router."""
     return {
         key: [tensor.detach().to(torch.float64) for tensor in tensors] for key, tensors in found.items() if tensors
