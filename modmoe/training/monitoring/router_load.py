@@ -140,9 +140,7 @@ def _by_prefix(outputs: Any, field: str) -> dict[str, Iterable[torch.Tensor]]:
 
 def _exact(found: Mapping[str, Iterable[torch.Tensor] | None]) -> Sums:
     """In float64, which holds every count that occurs exactly; without those who have no router."""
-    return {
-        key: [tensor.detach().to(torch.float64) for tensor in tensors] for key, tensors in found.items() if tensors
-    }
+    return {key: [values.detach().to(torch.float64) for values in sums] for key, sums in found.items() if sums}
 
 
 def _by_side(sums: Sums, layers: dict[str, list[int]]) -> Sums:
