@@ -45,8 +45,11 @@ _FREE_FIELDS = {
     "use_cache",
     "output_router_logits",
 }
-# Gates with which the start equals the dense model.
-_GATES = {"copy": {"norm_topk_prob": True}, "cluster": {"unit_gates": True}}
+# Gates with which the start equals the dense model, whose own settings of them mean nothing.
+_GATES = {
+    "copy": {"norm_topk_prob": True, "unit_gates": False},
+    "cluster": {"norm_topk_prob": False, "unit_gates": True},
+}
 _CARRIED_OVER = (
     "generation_config.json",
     "tokenizer*",
