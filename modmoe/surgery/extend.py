@@ -82,7 +82,7 @@ def add_extension(
     """
     if init not in get_args(Init):
         raise ValueError(f"init={init!r} is not one of {', '.join(get_args(Init))}")
-    check_new(out)
+    check_new(out, directory)
     model = ModelDirectory(directory)
     if most_used is not None:
         if init != "clone":

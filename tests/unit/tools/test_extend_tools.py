@@ -46,6 +46,21 @@ def test_a_pack_makes_the_round(run, tmp_path):
     assert run(pack, "list --model old") == (0, "old has no extensions\n", "")
 
 
+def test_packs_go_elsewhere_too(run, tmp_path):
+    run(extend, "--model base --experts 1 --name c --out extended")
+    run(pack, "create --model extended --name c --out packed")
+    for command in (
+        "create --model extended --name c --out extended/out",
+        "apply --model base --pack packed --out packed/out",
+        "apply --model base --pack packed --out base/out",
+        "remove --model extended --name c --out extended/out",
+    ):
+        code, _, err = run(pack, command)
+        assert code == 2
+        assert "which is not modified: name one elsewhere" in err
+    assert not list(tmp_path.glob("*/out"))
+
+
 def test_common_rows_print_their_bound_and_merge(run):
     code, out, _ = run(extend, "--model base --experts 2 --attn-experts 1 --mode common --init zero --out extended")
     assert code == 0
@@ -85,14 +100,20 @@ def test_clones_follow_a_usage_report(run, tmp_path):
         (extend, "--model base --experts 2 --top-k 3 --out out", "num_experts_per_tok=3 of extension 'extension'"),
         (extend, "--model nowhere --experts 2 --out out", "nowhere has no config.json"),
         (extend, "--model base --experts 2 --out base", "base exists: name a new directory"),
+        (extend, "--model base --experts 2 --out base/out", "lies in base, which is not modified: name one elsewhere"),
+        (extend, "--model base --experts 2 --out base/config.json/x", "base/config.json/x lies in base"),
+        (extend, "--model base --experts 2 --init random --out file/x", "cannot be made, since file is a file"),
         (pack, "create --model base --name c --out out", "base has no extension 'c': it has none"),
         (pack, "apply --model base --pack base --out out", "base has no pack.json: give the directory of a pack"),
     ],
 )
 def test_errors_are_one_line(run, tmp_path, tool, command, message):
+    (tmp_path / "file").touch()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
     code, out, err = run(tool, command)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["base"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()} == before
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "file"}

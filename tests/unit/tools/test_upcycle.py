@@ -46,6 +46,18 @@ def test_clusters_with_all_experts_equal_the_parent(dense, tool, tmp_path, capsy
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("dense/out", "lies in dense, which is not modified"), ("file/out", "file is a file"), ("dense", "dense exists")],
+)
+def test_places_that_are_taken(dense, tool, tmp_path, capsys, out, message):
+    (tmp_path / "file").touch()
+    assert tool("--method", "copy", "--experts", "4", "--top-k", "2", "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "file"}
+    assert not (tmp_path / "dense" / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["fields.yaml", "fields.json"])
 def test_fields_come_from_a_file_and_the_command_line_goes_before(dense, tool, tmp_path, name):
     text = '{"num_experts": 4, "num_experts_per_tok": 1, "router_type": "mlp", "router_hidden_size": 8}'
