@@ -1,8 +1,8 @@
 """The walk-through of docs/lifecycle.md, block by block in its order, on a toy model.
 
 Commands run as they are printed, in a directory whose `configs/` are shrunk; `NUMBERS` of their arguments are shrunk
-as well. Scripts run in forked processes that have torch and DeepSpeed loaded already, as the launcher's only rank; one
-training and one tool really start as printed.
+as well. Scripts run in forked processes that have torch loaded already, as the launcher's only rank; one training really
+starts as printed.
 """
 
 import contextlib
@@ -38,7 +38,6 @@ NUMBERS = {
 }
 """What is printed -> what the test runs."""
 EXTENSION_RUN = "deepspeed train/finetune.py --config configs/train/extend.yaml"
-REALLY_STARTED = (EXTENSION_RUN, "python tools/pack.py list --model runs/applied")
 
 
 def shrink(config, steps):
@@ -91,7 +90,7 @@ def in_rank(place, script, arguments):
 def run_command(place, line):
     """Exit code and output of one line of a bash block."""
     program, *arguments = shlex.split(line)
-    if program in ("deepspeed", "python") and line not in REALLY_STARTED:
+    if program in ("deepspeed", "python") and line != EXTENSION_RUN:
         return run_ranks(in_rank, 1, place, arguments[0], arguments[1:], joined=False)[0]
     launchers = {"deepspeed": deepspeed_command(1), "python": [sys.executable]}
     run = subprocess.run(
@@ -129,7 +128,6 @@ def size(directory):
 def test_the_walk_through_runs_and_keeps_its_promises(place, outputs):
     runs = place / "runs"
     assert all(number in PAGE for number in NUMBERS)
-    assert all(command in outputs for command in REALLY_STARTED)
     assert sum(line.startswith(("deepspeed", "python ")) for line in outputs) >= 18
     assert (runs / "usage" / "index.html").is_file()
 
