@@ -1,8 +1,8 @@
 """The walk-through of docs/lifecycle.md, block by block in its order, on a toy model.
 
 Commands run as they are printed, in a directory whose `configs/` are shrunk; `NUMBERS` of their arguments are shrunk
-as well. Scripts run in forked processes that have torch loaded already, as the launcher's only rank; one training really
-starts as printed.
+as well. Scripts run in forked processes that have torch loaded already, as the launcher's only rank; one training
+really starts as printed.
 """
 
 import contextlib
@@ -92,9 +92,9 @@ def run_command(place, line):
     program, *arguments = shlex.split(line)
     if program in ("deepspeed", "python") and line != EXTENSION_RUN:
         return run_ranks(in_rank, 1, place, arguments[0], arguments[1:], joined=False)[0]
-    launchers = {"deepspeed": deepspeed_command(1), "python": [sys.executable]}
+    command = deepspeed_command(1) if program == "deepspeed" else [program]
     run = subprocess.run(
-        [*launchers.get(program, [program]), *arguments],
+        [*command, *arguments],
         cwd=place,
         env=os.environ | ENVIRONMENT,
         capture_output=True,
