@@ -6,7 +6,8 @@
 Every layer gets new FFN and attention experts. "group" (the default) gives them a router of their own, whose null
 choice lets a token use none of them: with --init zero the model answers as before, bit for bit, until it is trained.
 "common" puts them into the old routers, where they take mass from the old gates and slots from the old experts
-(ModuleFormer's way). Train them alone with `modmoe.surgery.train_only`, and ship them with tools/pack.py.
+(ModuleFormer's way). --init clone copies the first experts of each layer, or with --usage the most used ones. Train
+what is new with train/finetune.py, method "extension", and ship it with tools/pack.py.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 
 from modmoe.models.extension import Extension
-from modmoe.surgery.extend import Cost, add_extension, gate_bound
+from modmoe.surgery.extend import Cost, MostUsed, add_extension, gate_bound
 from modmoe.surgery.model_directory import ModelDirectory
+from modmoe.surgery.usage import UsageReport
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=1, help="new FFN experts that a token uses at most [1]")
     parser.add_argument("--attn-top-k", type=int, default=1, help="new attention experts, likewise [1]")
     parser.add_argument("--init", choices=["zero", "clone", "random"], default="zero", help="[zero]")
+    parser.add_argument(
+        "--usage", type=Path, metavar="REPORT", help="usage.json of expert_report.py: clone the most used experts"
+    )
+    parser.add_argument("--domain", metavar="NAME", help="of the report; all together if not given")
     parser.add_argument("--mode", choices=["group", "common"], default="group", help="[group]")
     parser.add_argument("--name", default="extension", help="of what is added [extension]")
     parser.add_argument("--seed", type=int, default=0, help="of random weights [0]")
@@ -35,7 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         extension = Extension(
             options.name, options.experts, options.top_k, options.attn_experts, options.attn_top_k, options.mode
         )
-        cost = add_extension(options.model, options.out, extension, init=options.init, seed=options.seed)
+        cost = add_extension(
+            options.model,
+            options.out,
+            extension,
+            init=options.init,
+            seed=options.seed,
+            most_used=most_used(options),
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe_bound(gate_bound(ModelDirectory(options.model), extension, options.init)))
     print(f"written to {options.out}")
     return 0
+
+
+def most_used(options: argparse.Namespace) -> MostUsed | None:
+    """What --usage and --domain say."""
+    if options.usage is None:
+        if options.domain is not None:
+            raise ValueError(f"--domain {options.domain} is of a usage report: give one with --usage")
+        return None
+    return MostUsed(UsageReport.load(options.usage), options.domain)
 
 
 def describe(cost: Cost) -> str:

@@ -34,7 +34,7 @@ class SourceConfig:
     """Local files, directories or glob patterns: .jsonl, .ndjson, .json (one object per line), .parquet,
     anything else is plain text; all but parquet may be gzipped (.gz)."""
     weight: float = 1.0
-    """Share of the training blocks relative to the weights of the other sources, > 0."""
+    """Share of the training blocks relative to the weights of the other sources; 0: only for validation."""
     format: RowFormatName = "text"
     """What rows of datasets, jsonl and parquet files hold: "text"; "completion", of which the prompt is read and the
     completion learned; "chat", of which the assistant's messages are learned, in the tokenizer's chat template."""
@@ -95,7 +95,7 @@ class SourceConfig:
             require(self.validation_split is None, "validation_split", "unset without dataset")
         if not self.files:
             require(not self.validation_files, "validation_files", "unset without files")
-        require(is_number(self.weight) and 0 < self.weight < math.inf, "weight", "a finite number > 0")
+        require(is_number(self.weight) and 0 <= self.weight < math.inf, "weight", "a finite number >= 0")
         columns = ("text_field", "prompt_field", "completion_field", "messages_field")
         for field_name in (*columns, "split"):
             value, what = getattr(self, field_name), "split" if field_name == "split" else "column"

@@ -72,7 +72,8 @@ def prepare_data(
     cache_dir = Path(cache_dir)
     existing = None if tokenizer.name is None else existing_tokenizer(tokenizer.name)
     opened = {config.name: Source(config, existing) for config in sources}
-    loaded_tokenizer = existing or load_tokenizer(tokenizer, list(opened.values()), cache_dir / "tokenizers")
+    trained_on = [source for source in opened.values() if source.config.weight > 0]
+    loaded_tokenizer = existing or load_tokenizer(tokenizer, trained_on, cache_dir / "tokenizers")
     encoders = {format_: _encoder(format_, loaded_tokenizer) for format_ in {config.format for config in sources}}
 
     train: dict[str, PackedDataset | PackedStream] = {}
@@ -84,7 +85,10 @@ def prepare_data(
         if source.has_validation:
             held_out = _store(source, "validation", encoder, cache_dir)
             validation[name] = _blocks(held_out, name, "validation", sequence_length, encoder)
-        if source.config.streaming:
+        if source.config.weight == 0:
+            if not source.has_validation:
+                raise ValueError(f"source {name!r}: weight is 0 and no text is held out: give it one of the two")
+        elif source.config.streaming:
             train[name] = PackedStream(source, encoder, sequence_length)
         else:
             train_store = _store(source, "train", encoder, cache_dir)
@@ -93,7 +97,7 @@ def prepare_data(
         _log_skipped(source)
     # Data workers forked from here on must not use the thread pool that the tokenizer has started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    weights = {config.name: float(config.weight) for config in sources}
+    weights = {source.config.name: float(source.config.weight) for source in trained_on}
     return PreparedData(loaded_tokenizer, _mixture(train, weights, num_train_blocks, seed), validation, statistics)
 
 
@@ -107,6 +111,8 @@ def _check_arguments(sources: Sequence[SourceConfig], sequence_length: int, seed
     names = [config.name for config in sources]
     if not names:
         raise ValueError("give at least one source of text, got none")
+    if not any(config.weight for config in sources):
+        raise ValueError(f"weight is 0 for all sources, {', '.join(names)}: give one to train on a weight above 0")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"source names must differ, got {repeated} more than once")

@@ -66,10 +66,14 @@ class RouterStatistics:
         """Per router (E,) fp32: how many tokens chose each expert."""
         return [_split(v)[1].detach() for v in self.vectors]
 
+    def tokens_per_router(self) -> list[torch.Tensor]:
+        """Per router () fp32: the tokens that count; of an extension's those that use one of its experts."""
+        return [v[-1].detach() for v in self.vectors]
+
     @property
     def num_tokens(self) -> torch.Tensor:
         """() fp32: routed tokens, those that the first router has seen: routers of extensions count fewer."""
-        return self.vectors[0][-1].detach()
+        return self.tokens_per_router()[0]
 
 
 def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:

@@ -131,6 +131,7 @@ class ModMoEConfig(PreTrainedConfig):
         "tokens_per_expert",
         "attn_tokens_per_expert",
         "extension_tokens_per_expert",
+        "extension_users",
     ]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_local_experts": "num_experts",

@@ -367,8 +367,13 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         result.tokens_per_expert = tuple(next(loads) for _ in outputs.router_logits or ())
         result.attn_tokens_per_expert = tuple(next(loads) for _ in outputs.attn_router_logits or ())
         if outputs.extension_router_logits is not None:
-            added = outputs.extension_router_logits.items()
-            result.extension_tokens_per_expert = {name: tuple(next(loads) for _ in logits) for name, logits in added}
+            added = outputs.extension_router_logits
+            seen = statistics.num_tokens
+            users = iter(statistics.tokens_per_router()[-sum(map(len, added.values())) :])
+            result.extension_tokens_per_expert = {name: tuple(next(loads) for _ in added[name]) for name in added}
+            result.extension_users = {
+                name: tuple(torch.stack([next(users), seen]) for _ in added[name]) for name in added
+            }
 
     @torch.no_grad()
     def update_selection_bias(

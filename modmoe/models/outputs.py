@@ -47,6 +47,8 @@ class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
         tokens_per_expert: per FFN router (E,) fp32, how many local tokens chose each expert.
         attn_tokens_per_expert: the same for attention routers.
         extension_tokens_per_expert: the same by name for the routers of extensions, in the order of their logits.
+        extension_users: of these routers, each (2,) fp32: how many local tokens use one of its experts at least, and
+            how many there are.
     """
 
     attn_router_logits: tuple[torch.Tensor, ...] | None = None
@@ -59,3 +61,4 @@ class ModMoECausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     tokens_per_expert: tuple[torch.Tensor, ...] | None = None
     attn_tokens_per_expert: tuple[torch.Tensor, ...] | None = None
     extension_tokens_per_expert: dict[str, tuple[torch.Tensor, ...]] | None = None
+    extension_users: dict[str, tuple[torch.Tensor, ...]] | None = None

@@ -154,7 +154,7 @@ class WeightsWriter:
 
     Args:
         directory: an existing directory.
-        specs: name -> dtype and shape of every tensor that will come, in the order in which files take them.
+        specs: name -> dtype and shape of every tensor that will come; files take them in the order of their names.
         max_shard_bytes: of tensors in one file; a larger tensor has a file to itself.
     """
 
@@ -162,7 +162,7 @@ class WeightsWriter:
         self, directory: Path, specs: Mapping[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
         self._directory = directory
-        self._specs = dict(specs)
+        self._specs = dict(sorted(specs.items()))
         shards = _shards(self._specs, max_shard_bytes)
         self._shard_of = {name: number for number, shard in enumerate(shards) for name in shard}
         self._writers: list[SafetensorsWriter] = []
@@ -294,8 +294,8 @@ def _header(specs: dict[str, TensorSpec], metadata: dict[str, str]) -> tuple[byt
     entries: dict[str, Any] = {"__metadata__": metadata}
     offsets, end = {}, 0
     # Tensors that fill whole units first, which keeps them aligned; then wide elements before narrow ones, so that all
-    # lie at multiples of their size.
-    for name in sorted(specs, key=lambda name: (specs[name].nbytes % _ALIGNMENT != 0, -specs[name].dtype.itemsize)):
+    # lie at multiples of their size. The rest goes by name, so that the same tensors are the same file.
+    for name in sorted(specs, key=lambda n: (specs[n].nbytes % _ALIGNMENT != 0, -specs[n].dtype.itemsize, n)):
         spec = specs[name]
         if spec.dtype not in _CODES:
             raise ValueError(f"{name}: safetensors cannot hold {spec.dtype}, only {', '.join(map(str, _CODES))}")

@@ -16,7 +16,8 @@ from torch import nn
 from modmoe.models import ModMoEConfig, ModMoEModel
 from modmoe.models.extension import Extension
 from modmoe.models.safetensors_stream import TensorSpec
-from modmoe.surgery.model_directory import ModelDirectory, native_config, write_model
+from modmoe.surgery.model_directory import ModelDirectory, check_new, native_config, write_model
+from modmoe.surgery.usage import UsageReport
 
 Init = Literal["zero", "clone", "random"]
 
@@ -36,7 +37,29 @@ class Cost(NamedTuple):
     """Per token and key that it attends to."""
 
 
-def add_extension(directory: Path, out: Path, extension: Extension, *, init: Init = "zero", seed: int = 0) -> Cost:
+class MostUsed(NamedTuple):
+    """The experts that a usage report has seen most, for copies to begin with."""
+
+    report: UsageReport
+    """Of the model that is extended."""
+    domain: str | None = None
+    """On which domain; None is all measured tokens together."""
+
+    def experts(self, layer: int, side: str, count: int) -> list[int]:
+        """The experts of a pool of `count`, most used first; those of "common" extensions are left out."""
+        load = self.report.scores("frequency", self.domain, layer=layer, side=side)[:count]
+        return load.argsort(descending=True, stable=True).tolist()
+
+
+def add_extension(
+    directory: Path,
+    out: Path,
+    extension: Extension,
+    *,
+    init: Init = "zero",
+    seed: int = 0,
+    most_used: MostUsed | None = None,
+) -> Cost:
     """
     Write a model with an extension in every layer. The weights of the old one pass through memory tensor by tensor.
 
@@ -46,22 +69,30 @@ def add_extension(directory: Path, out: Path, extension: Extension, *, init: Ini
         extension: what is added.
         init: how it starts. "zero": output projections of zeros, the rest as in a new model; in a router group the
             logits are then those of the old model, bit for bit, and common rows begin as the mean of the old ones.
-            "clone": copies of the old experts, first ones first, and of their router; null gets the mean of its rows.
-            "random": all as in a new model.
+            "clone": copies of the old experts and of their router; null gets the mean of its rows. "random": all as in
+            a new model.
         seed: of random numbers; the same seed gives the same weights.
+        most_used: which experts "clone" copies; without it, those that come first in their pool.
 
     Raises:
         FileNotFoundError: no native model in `directory`.
         FileExistsError: if `out` exists.
-        ValueError: an extension that does not fit the model, such as one whose name is taken.
+        ValueError: an extension that does not fit the model, such as one whose name is taken; a usage report of
+            another model, or where nothing is copied.
     """
     if init not in get_args(Init):
         raise ValueError(f"init={init!r} is not one of {', '.join(get_args(Init))}")
+    check_new(out, directory)
     model = ModelDirectory(directory)
+    if most_used is not None:
+        if init != "clone":
+            raise ValueError(f"init={init!r} copies no experts, so a usage report cannot choose any: leave it out")
+        most_used.report.check_model(directory)
+        most_used.report.check_domain(most_used.domain)
     fields = with_extension(model, extension)
     skeleton = on_meta(native_config(fields))
     specs = extension_specs(model, skeleton, extension)
-    new = _new_tensors(model, skeleton, extension, init, seed)
+    new = _new_tensors(model, skeleton, extension, init, seed, most_used)
     pieces = itertools.chain(model.weights.items(), ((name, piece.to(specs[name].dtype)) for name, piece in new))
     write_model(model, out, fields, model.specs | specs, pieces)
     return extra_cost(skeleton, extension)
@@ -205,7 +236,12 @@ def gate_bound(model: ModelDirectory, extension: Extension, init: Init) -> float
 
 
 def _new_tensors(
-    model: ModelDirectory, skeleton: ModMoEModel, extension: Extension, init: Init, seed: int
+    model: ModelDirectory,
+    skeleton: ModMoEModel,
+    extension: Extension,
+    init: Init,
+    seed: int,
+    most_used: MostUsed | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values, in float32, of an extension's tensors: one layer's side in memory at a time."""
     with torch.random.fork_rng(devices=[]):
@@ -215,13 +251,20 @@ def _new_tensors(
                 part.to_empty(device="cpu")
                 part.apply(skeleton._init_weights)
                 base = model.prefix + name.split(".extensions.")[0]
-                _start(part, base, model, extension, init)
+                _start(part, base, model, extension, init, most_used)
                 yield from ((f"{model.prefix}{name}.{rest}", p.detach()) for rest, p in part.named_parameters())
                 part.to(device="meta")
 
 
 @torch.no_grad()
-def _start(part: nn.Module, base: str, model: ModelDirectory, extension: Extension, init: Init) -> None:
+def _start(
+    part: nn.Module,
+    base: str,
+    model: ModelDirectory,
+    extension: Extension,
+    init: Init,
+    most_used: MostUsed | None,
+) -> None:
     """Change the weights of a new model into what `init` says; `base` is the name of the module with the old pool."""
     weights, common = model.weights, extension.mode == "common"
     parameters = dict(part.named_parameters())
@@ -234,19 +277,31 @@ def _start(part: nn.Module, base: str, model: ModelDirectory, extension: Extensi
             parameters["gate.weight"][:] = _router_rows(model, base).mean(0)
     if init != "clone":
         return
+    originals = _originals(base, model, extension, most_used)
     for name, parameter in experts.items():
-        count = model.specs[f"{base}.{name}"].shape[0]
-        for i in range(len(parameter)):
-            parameter[i] = weights.rows(f"{base}.{name}", i % count, i % count + 1)[0]
+        for i, expert in enumerate(originals):
+            parameter[i] = weights.rows(f"{base}.{name}", expert, expert + 1)[0]
     if f"{base}.gate.weight" not in weights:
         return  # of a dense layer, which has no router to copy
     for name, parameter in parameters.items():
         if name == "gate.weight":
             rows = _router_rows(model, base)
-            copies = rows[torch.arange(len(parameter) - (not common)) % len(rows)]
+            copies = rows[originals]
             parameter.copy_(copies if common else torch.cat([rows.mean(0, keepdim=True), copies]))
         elif name.startswith("gate."):
             parameter.copy_(weights[f"{base}.{name}"])
+
+
+def _originals(base: str, model: ModelDirectory, extension: Extension, most_used: MostUsed | None) -> list[int]:
+    """For each new expert of the pool in module `base` the old one that it is a copy of."""
+    *_, number, side = base.split(".")
+    layer, is_attention = int(number), side == "self_attn"
+    count, _ = (model.config.attn_experts_at if is_attention else model.config.experts_at)(layer)
+    new = extension.num_attn_experts if is_attention else extension.num_experts
+    order = list(range(count))
+    if most_used is not None and count > 1:
+        order = most_used.experts(layer, "attn" if is_attention else "ffn", count)
+    return [order[i % count] for i in range(new)]
 
 
 def _router_rows(model: ModelDirectory, base: str) -> torch.Tensor:

@@ -97,24 +97,43 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return fields
 
 
-def check_new(out: Path) -> None:
+def check_new(out: Path, *sources: Path) -> None:
     """
+    Args:
+        out: a directory that is to be made.
+        sources: directories that are read, and stay as they are.
+
     Raises:
         FileExistsError: if `out` exists.
+        ValueError: as `check_place`.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists: name a new directory")
+    check_place(out, *sources)
+
+
+def check_place(out: Path, *sources: Path) -> None:
+    """
+    Raises:
+        ValueError: if `out` lies below a file, or in one of `sources`, which stay as they are.
+    """
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"the output directory {out} lies in {source}, which is not modified: name one elsewhere")
+    file = next((parent for parent in out.parents if parent.is_file()), None)
+    if file is not None:
+        raise ValueError(f"the output directory {out} cannot be made, since {file} is a file: name one elsewhere")
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
     """
     A directory to write to, which becomes `out` once the block has ended well; else nothing is left.
 
     Raises:
-        FileExistsError: if `out` exists.
+        FileExistsError, ValueError: as `check_new`.
     """
-    check_new(out)
+    check_new(out, *sources)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         written = Path(scratch) / "written"
@@ -142,9 +161,10 @@ def write_model(
 
     Raises:
         FileExistsError: if `out` exists.
+        ValueError: if `out` lies in `source`.
         OSError: where the disk cannot take it.
     """
-    with new_directory(out) as written:
+    with new_directory(out, source.path) as written:
         for file in sorted(source.path.iterdir()):
             if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOT_COPIED):
                 shutil.copyfile(file, written / file.name)

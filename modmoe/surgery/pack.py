@@ -182,7 +182,7 @@ def create_pack(directory: Path, name: str, out: Path) -> Pack:
     model = ModelDirectory(directory)
     extension = model.extension(name)
     specs = {tensor: spec for tensor, spec in model.specs.items() if extension.owns(tensor)}
-    with new_directory(out) as written:  # refuses before the base is read
+    with new_directory(out, directory) as written:  # refuses before the base is read
         beside = [other.name for other in model.config.extension_list() if other.name != name]
         pack = Pack(out, extension, Base.of(model), beside)
         with SafetensorsWriter(written / WEIGHTS_FILE, specs) as writer:
@@ -219,7 +219,7 @@ def apply_packs(directory: Path, packs: Sequence[Path], out: Path) -> list[Pack]
     fields = model.fields
     for pack in loaded:
         fields = with_extension(model, pack.extension, fields)
-    check_new(out)
+    check_new(out, directory, *packs)
     base = Base.of(model)
     for pack in loaded:
         pack.check_base(model, base)
@@ -274,7 +274,9 @@ def merge_common(directory: Path, name: str, out: Path) -> None:
     model = ModelDirectory(directory)
     extension = model.extension(name)
     if extension.mode != "common":
-        raise ValueError(f"extension {name!r} has a router of its own (mode='group'), which cannot be merged")
+        raise ValueError(
+            f"extension {name!r} has a router of its own (mode='group'), which cannot be merged: leave it what it is"
+        )
     first = next(other.name for other in model.config.extension_list() if other.mode == "common")
     if first != name:
         raise ValueError(f"extension {name!r} comes behind {first!r}: merge {first!r} first")

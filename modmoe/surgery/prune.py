@@ -20,6 +20,7 @@ from torch import Tensor
 from modmoe.models import ModMoEConfig
 from modmoe.models.safetensors_stream import MAX_SHARD_BYTES, TensorSpec, WeightsWriter
 from modmoe.surgery.expert_tensors import ExpertCheckpoint, ExpertPool
+from modmoe.surgery.model_directory import check_place
 from modmoe.surgery.prune_plan import Place, Scope, plan_pruning
 from modmoe.surgery.usage import UsageReport
 
@@ -290,10 +291,9 @@ def choose_pruning(
 def check_output(out: Path, source: Path) -> None:
     """
     Raises:
-        ValueError: if `out` is in use, or lies in the checkpoint, which is never modified.
+        ValueError: if `out` is in use, or lies in the checkpoint, which is never modified, or below a file.
     """
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"the output directory {out} lies in the model's own {source}: name one elsewhere")
+    check_place(out, source)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"the output directory {out} is in use: name a new one")
 

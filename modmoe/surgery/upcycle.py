@@ -21,6 +21,7 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.dense import NativeWeights, check_dense, config_from_dense
 from modmoe.models.modeling_modmoe import ModMoEForCausalLM
 from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
+from modmoe.surgery.model_directory import check_new
 from modmoe.surgery.upcycle_ffn import METHODS, Method, check_divides, split_ffn
 
 RouterStart = Literal["centroid", "random"]
@@ -45,8 +46,11 @@ _FREE_FIELDS = {
     "use_cache",
     "output_router_logits",
 }
-# Gates with which the start equals the dense model.
-_GATES = {"copy": {"norm_topk_prob": True}, "cluster": {"unit_gates": True}}
+# Gates with which the start equals the dense model, whose own settings of them mean nothing.
+_GATES = {
+    "copy": {"norm_topk_prob": True, "unit_gates": False},
+    "cluster": {"norm_topk_prob": False, "unit_gates": True},
+}
 _CARRIED_OVER = (
     "generation_config.json",
     "tokenizer*",
@@ -99,8 +103,7 @@ def upcycle(
         FileNotFoundError, FileExistsError: no model in `source`; `target` is taken.
         ValueError: a model that is not dense or has no exact counterpart, or settings that contradict it.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a new directory")
+    check_new(target, source)
     router = router or ("centroid" if method == "cluster" else "random")
     dense = open_dense(source)
     config = upcycled_config(dense.config, method, fields, router)

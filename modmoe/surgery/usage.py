@@ -112,9 +112,16 @@ class UsageReport:
         """
         if metric not in METRICS:
             raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+        self.check_domain(domain)
+        return METRICS[metric](self.router(layer, side).on(domain))
+
+    def check_domain(self, domain: str | None) -> None:
+        """
+        Raises:
+            ValueError: if the domain was not measured; None is all together.
+        """
         if domain is not None and domain not in self.domains:
             raise ValueError(f"the usage report has no domain {domain!r}; it has {', '.join(self.domains)}")
-        return METRICS[metric](self.router(layer, side).on(domain))
 
     def check_model(self, directory: Path) -> None:
         """

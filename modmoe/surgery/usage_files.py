@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from modmoe.surgery.model_directory import check_place
 from modmoe.surgery.usage import UsageReport
 from modmoe.surgery.usage_page import render_page
 from modmoe.surgery.usage_pictures import PICTURE_FILES, draw_pictures
@@ -20,8 +21,9 @@ _OURS = {REPORT_FILE, TABLE_FILE, PAGE_FILE, *PICTURE_FILES}
 def check_output(directory: Path) -> None:
     """
     Raises:
-        ValueError: if the directory holds anything but an earlier report.
+        ValueError: if the directory holds anything but an earlier report, or lies below a file.
     """
+    check_place(directory)
     if directory.is_dir():
         try:
             UsageReport.load(directory / REPORT_FILE)

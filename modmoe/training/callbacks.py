@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -140,6 +141,8 @@ def console_line(logs: Logs) -> str:
         if f"router/{side}/max_violation" in logs:
             worst, dead = logs[f"router/{side}/max_violation"], logs[f"router/{side}/dead_experts"]
             parts.append(f"{side} load max +{worst:.0%}, dead {dead:.0f}")
+    for name in (name for name in logs if re.fullmatch(r"router/[^/]+/(attn|ffn)/used", name)):
+        parts.append(f"{name.removeprefix('router/').removesuffix('/used')} used {logs[name]:.1%}")
     parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
     parts += [f"mfu {logs['mfu']:.1%}"] if "mfu" in logs else []
     return "  ".join(parts)

@@ -38,7 +38,10 @@ def build_model(run: RunConfig, tokenizer: PreTrainedTokenizerFast) -> ModMoEFor
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot start from {run.init}: {error}") from None
     if not isinstance(model, ModMoEForCausalLM):
-        raise ConfigError(f"cannot start from {run.init}: it holds a {type(model).__name__}, not a modular model")
+        raise ConfigError(
+            f"cannot start from {run.init}: it holds a {type(model).__name__}, not a modular model; make one of a "
+            "dense model with tools/upcycle.py"
+        )
     return model
 
 
@@ -150,4 +153,6 @@ def check_saved_model(directory: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"weights {path} are damaged or truncated: {error}") from None
+            raise ConfigError(
+                f"weights {path} are damaged or truncated ({error}): copy or save the checkpoint again"
+            ) from None

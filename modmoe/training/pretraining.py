@@ -177,9 +177,10 @@ def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts:
     total, active = parameter_counts(model)
     trained = trained_parameters(model)
     frozen = f"; {trained:,} of them are trained" if trained < total else ""
+    without_size = {source.name: "streamed" if source.weight else "only evaluated" for source in run.data.sources}
     steps, per_step = run.steps(world_size()), run.tokens_per_step(world_size())
     sizes = ", ".join(
-        f"{name} {split.train.tokens:,} tokens" if split.train else f"{name} streamed"
+        f"{name} {split.train.tokens:,} tokens" if split.train else f"{name} {without_size[name]}"
         for name, split in data.statistics.items()
     )
     lines = {

@@ -211,6 +211,13 @@ class RunConfig(Section):
     def _check_whole(self) -> Self:
         if not self.model and self.init is None:
             raise ValueError("give a 'model' section, or 'init' to start from a saved model")
+        if self.init is not None:
+            init, output = self.init.resolve(), self.output_dir.resolve()
+            if output.is_relative_to(init) or init.is_relative_to(output):
+                raise ValueError(
+                    f"output_dir {self.output_dir} and init {self.init} lie in each other, and the model of init is "
+                    "not to change: choose another output_dir"
+                )
         if self.expert_parallel_size > 1 and self.deepspeed is None:
             raise ValueError(
                 f"expert_parallel_size={self.expert_parallel_size} needs DeepSpeed: add a 'deepspeed' section, such "

@@ -46,7 +46,7 @@ from modmoe.training.monitoring.events import Events
 from modmoe.training.monitoring.late import Late
 from modmoe.training.monitoring.metric_window import MetricWindow
 from modmoe.training.monitoring.nonfinite import Finding, find_nonfinite
-from modmoe.training.monitoring.router_load import routed_layers
+from modmoe.training.monitoring.router_load import common_experts, routed_layers
 from modmoe.training.monitoring.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
 from modmoe.training.monitoring.throughput import flops_per_token, peak_tflops
 from modmoe.training.optimizer import build_optimizer, build_scheduler
@@ -428,7 +428,8 @@ class ModMoETrainer(Trainer):
             metrics["mfu"] = tflops / self._peak_tflops
         if self.args.world_size > 1:
             metrics |= self._stragglers.metrics(steps, self.args.device)
-        return metrics | loads.metrics(self._layers, self.run.expert_parallel_size)
+        common = common_experts(self.model.config)
+        return metrics | loads.metrics(self._layers, self.run.expert_parallel_size, common)
 
     def _figures(self) -> dict[str, float]:
         """What else a record of training says."""

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.data import train_bpe
+from modmoe.models.extension import Extension
+from modmoe.surgery import add_extension
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoints.checkpoint import checkpoints
 from tests.launching import ROOT, deepspeed_command
@@ -142,6 +144,25 @@ def test_one_part_is_trained_alone_where_ranks_share_out_the_experts(tune, base,
     before = load_file(base / "model.safetensors")
     after = load_file(workspace / name / "final" / "model.safetensors")
     assert {name for name in after if not after[name].equal(before[name])} == {n for n in after if part in n}
+
+
+@pytest.mark.slow
+def test_extensions_are_trained_alone_where_ranks_share_out_the_experts(tune, base, workspace):
+    first, extended = workspace / "first", workspace / "extended"
+    add_extension(base, first, Extension("g", 3, 2, 1))
+    add_extension(first, extended, Extension("c", 1, 1, 3, mode="common"))
+    section = json.dumps({"method": "extension", "extensions": ["g", "c"]})
+    zero = json.dumps({"zero_optimization": {"stage": 1}})
+    arguments = ["--init", str(extended), "--finetuning", section, "--deepspeed", zero]
+    run = tune("extensions", *arguments, "--expert_parallel_size", "2", processes=2)
+    assert run.wait() == 0, run.output
+    before = load_file(extended / "model.safetensors")
+    after = load_file(workspace / "extensions" / "final" / "model.safetensors")
+    assert {name for name in after if not after[name].equal(before[name])} <= {n for n in after if ".extensions." in n}
+    records = [r for r in read_metrics(workspace / "extensions" / "metrics.jsonl") if "loss" in r]
+    assert all(0 <= r[f"router/g/{side}/used"] <= 1 for r in records for side in ("ffn", "attn"))
+    assert all(1 <= r["router/attn/rank_load"] <= 2 for r in records)
+    assert "g/ffn used" in run.output
 
 
 # ---- Mistakes ----

@@ -104,7 +104,11 @@ def load_teacher(
         with without_sharding(args):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"finetuning.teacher: cannot load {name}: {error}") from None
+        reason = next(iter(str(error).splitlines()), repr(error)).rstrip(".")  # transformers adds advice on networks
+        raise ConfigError(
+            f"finetuning.teacher: cannot load {name} ({reason}): give the directory of a saved model, or its name on "
+            "the hub"
+        ) from None
     problem = _mismatch(name, model, student, tokenizer, section.hidden_weight > 0)
     if problem is not None:
         raise ConfigError(f"finetuning.teacher: {name} {problem}")

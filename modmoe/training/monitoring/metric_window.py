@@ -27,7 +27,7 @@ class MetricWindow:
 
     def begin_step(self) -> None:
         """Forget the step before."""
-        self.step_loads.sums.clear()
+        self.step_loads.clear()
         self._step_sums = {}
 
     def add(self, outputs: Any, share: torch.Tensor, parts: Mapping[str, torch.Tensor] | None = None) -> None:

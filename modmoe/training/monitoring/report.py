@@ -73,25 +73,32 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: s
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def write_expert_use(scores: Mapping[str, DomainScore], layers: Mapping[str, list[int]], output_dir: Path) -> None:
+def write_expert_use(scores: Mapping[str, DomainScore], layers: dict[str, list[int]], output_dir: Path) -> None:
     """
     Write each expert's share of the tokens, per domain, router side and layer, as JSON and as a picture.
+
+    For extensions also how many tokens use them at all.
 
     Args:
         scores: of an evaluation.
         layers: of `routed_layers`.
         output_dir: gets expert_use.json and expert_use.png.
     """
-    use = {name: score.loads.shares() for name, score in scores.items()}
-    content = {"layers": dict(layers), "share_of_assignments": use}
+    use = {name: score.loads.shares(layers) for name, score in scores.items()}
+    used = {name: score.loads.used(layers) for name, score in scores.items()}
+    content = {"layers": layers, "share_of_assignments": use, "share_of_tokens_that_use_the_extension": used}
     (output_dir / "expert_use.json").write_text(json.dumps(content, indent=1))
-    sides = [side for side in _SIDE_TITLES if layers[side]]
+    sides = [side for side, numbers in layers.items() if numbers]
     if sides and use:
-        _draw_expert_use(use, sides, layers, output_dir / "expert_use.png")
+        _draw_expert_use(use, used, sides, layers, output_dir / "expert_use.png")
 
 
 def _draw_expert_use(
-    use: dict[str, dict[str, list[list[float]]]], sides: list[str], layers: Mapping[str, list[int]], path: Path
+    use: dict[str, dict[str, list[list[float]]]],
+    used: dict[str, dict[str, list[float]]],
+    sides: list[str],
+    layers: dict[str, list[int]],
+    path: Path,
 ) -> None:
     figure, axes = _subplots(len(use), len(sides), width=5.0, height=0.5 + 0.3 * max(len(layers[s]) for s in sides))
     for row, (domain, loads) in enumerate(use.items()):
@@ -102,13 +109,21 @@ def _draw_expert_use(
             # Relative to an even load, so that routers of different sizes share one scale.
             grid = [[v * len(layer) for v in layer] + [float("nan")] * (wide - len(layer)) for layer in shares]
             image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=4, interpolation="nearest")
-            axis.set_title(f"{domain}: {_SIDE_TITLES[side]}", fontsize=9)
-            axis.set_yticks(range(len(layers[side])), [str(layer) for layer in layers[side]])
-            axis.set_ylabel("layer")
+            axis.set_title(f"{domain}: {_title(side)}", fontsize=9)
+            labels = [str(layer) for layer in layers[side]]
+            if side in used[domain]:
+                labels = [f"{label} ({share:.0%})" for label, share in zip(labels, used[domain][side], strict=True)]
+            axis.set_yticks(range(len(labels)), labels)
+            axis.set_ylabel("layer (tokens that use it)" if side in used[domain] else "layer")
             axis.set_xticks(range(0, wide, -(-wide // 16)))
             axis.set_xlabel("expert")
             figure.colorbar(image, ax=axis, label="load / even load")
     figure.savefig(path, dpi=120)
+
+
+def _title(side: str) -> str:
+    extension, _, kind = side.rpartition("/")
+    return f"{_SIDE_TITLES[kind]} of {extension}" if extension else _SIDE_TITLES[kind]
 
 
 def draw_loss(metrics_file: Path, path: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import logging
 
@@ -41,6 +42,26 @@ def test_everything_a_trainer_needs(sources, tmp_path):
     assert statistics.validation.bytes_per_token == pytest.approx(len(text) / len(tokens), rel=0.02)
     assert statistics.gzip_bits_per_byte == pytest.approx(8 * len(gzip.compress(text)) / len(text), rel=0.05)
     assert 3 < statistics.byte_unigram_entropy < 5
+
+
+def test_a_source_of_weight_0_is_only_evaluated(sources, tmp_path):
+    alone = prepare(sources[:1], tmp_path / "cache")
+    watched = [sources[0], dataclasses.replace(sources[1], weight=0)]
+    data = prepare(watched, tmp_path / "cache")
+    assert data.tokenizer.get_vocab() == alone.tokenizer.get_vocab()
+    assert {data.train.locate(i)[0] for i in range(50)} == {"a"}
+    assert set(data.validation) == {"a", "b"}
+    assert data.statistics["b"].train is None
+    assert not list((tmp_path / "cache" / "tokens").glob("b-train-*"))
+
+
+def test_weights_of_0_that_leave_nothing_to_do(sources, tmp_path):
+    watched = [dataclasses.replace(source, weight=0) for source in sources]
+    with pytest.raises(ValueError, match="weight is 0 for all sources, a, b: give one"):
+        prepare(watched, tmp_path / "cache")
+    useless = dataclasses.replace(watched[1], validation_fraction=0.0)
+    with pytest.raises(ValueError, match="source 'b': weight is 0 and no text is held out"):
+        prepare([sources[0], useless], tmp_path / "cache")
 
 
 def test_a_second_run_reads_nothing(sources, tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.models.extension import Extension
 from modmoe.ops import use_backend
-from modmoe.surgery.extend import add_extension, gate_bound, train_only
+from modmoe.surgery.extend import MostUsed, add_extension, gate_bound, train_only
+from modmoe.surgery.fingerprint import checkpoint_identity
 from modmoe.surgery.model_directory import ModelDirectory
 from modmoe.surgery.routed_modules import find_routed_modules
+from modmoe.surgery.usage import measure_usage
 
 from ..models.conftest import TINY, VARIANTS
 from .conftest import logits
@@ -167,6 +169,50 @@ def test_clones_are_copies_of_experts_and_routers(saved, tmp_path, router_type, 
 
 
 @torch.no_grad()
+def usage_of(directory, ids):
+    model = ModMoEForCausalLM.from_pretrained(directory)
+    batches = {"a": [{"input_ids": ids[:1]}], "b": [{"input_ids": ids[1:]}]}
+    return measure_usage(model, batches, identity=checkpoint_identity(directory))
+
+
+@pytest.mark.parametrize("mode", ["group", "common"])
+@pytest.mark.parametrize("domain", [None, "b"])
+def test_clones_of_the_most_used_experts(saved, tmp_path, ids, mode, domain):
+    base = saved(num_experts=[6, 1])
+    report = usage_of(base, ids)
+    new = Extension("e", 8 if mode == "group" else 0, 1, 3, 1, mode)
+    add_extension(base, tmp_path / "out", new, init="clone", most_used=MostUsed(report, domain))
+    old, all_tensors = tensors(base), tensors(tmp_path / "out")
+    pools = {(0, "attn", 4): "self_attn", (1, "attn", 4): "self_attn"}
+    pools |= {(0, "ffn", 6): "mlp"} if mode == "group" else {}
+    for (layer, side, count), name in pools.items():
+        load = report.scores("frequency", domain, layer=layer, side=side).tolist()
+        order = sorted(range(count), key=lambda expert: -load[expert])
+        assert order != list(range(count))  # else it would not tell the two ways apart
+        where = f"model.layers.{layer}.{name}"
+        gate = all_tensors[f"{where}.extensions.e.gate.weight"][mode == "group" :]
+        weight = "o_proj.weight" if side == "attn" else "down_proj"
+        copies = all_tensors[f"{where}.extensions.e.experts.{weight}"]
+        for i, (row, copy) in enumerate(zip(gate, copies, strict=True)):
+            assert copy.equal(old[f"{where}.experts.{weight}"][order[i % count]])
+            assert row.equal(old[f"{where}.gate.weight"][order[i % count]])
+
+
+def test_usage_that_cannot_choose(saved, tmp_path, ids):
+    base, other = saved(), saved("other", initializer_range=0.2)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    report = usage_of(base, ids)
+    for init, most_used, message in (
+        ("zero", MostUsed(report), "init='zero' copies no experts"),
+        ("clone", MostUsed(usage_of(other, ids)), "the usage report is of another model"),
+        ("clone", MostUsed(report, "c"), "has no domain 'c'; it has a, b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_extension(base, tmp_path / "out", NEW, init=init, most_used=most_used)
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other"]
+
+
 @pytest.mark.parametrize("init", ["zero", "clone"])
 @pytest.mark.parametrize("extension", [NEW, COMMON], ids=["group", "common"])
 def test_rows_of_pruned_experts_are_nobodys(saved, tmp_path, ids, extension, init):

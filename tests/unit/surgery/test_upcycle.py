@@ -15,6 +15,7 @@ from modmoe.models.safetensors_stream import SavedWeights
 from modmoe.surgery import upcycle as upcycle_file
 from modmoe.surgery.upcycle import upcycle
 
+from ..models.conftest import build
 from .conftest import dense_model
 
 ALL = {"num_experts": 8, "num_experts_per_tok": 8}
@@ -52,6 +53,16 @@ def test_the_skeleton_has_the_logits_of_every_family(kind, ids):
     # An end token among so few words would end a row early, in both.
     settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(*(m.generate(ids, pad_token_id=0, **settings) for m in (model, dense)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gates", [{"norm_topk_prob": True}, {"unit_gates": True}], ids=str)
+@pytest.mark.parametrize(("method", "fields"), [("copy", FEW), ("cluster", ALL)], ids=["copy", "cluster"])
+def test_a_dense_model_of_our_own_whatever_it_says_of_gates_it_does_not_have(ids, tmp_path, method, fields, gates):
+    dense = build(num_experts=1, num_attn_experts=1, **gates).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    upcycle(tmp_path / "dense", tmp_path / "out", method, fields)
+    torch.testing.assert_close(load(tmp_path / "out")(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -122,6 +122,9 @@ def test_an_output_directory_in_use_is_refused_before_anything_is_measured(nativ
     code, _, err = run(native)
     assert code == 2
     assert "out holds mine.txt" in err
+    code, _, err = run(native, "--out", "out/mine.txt/report")
+    assert code == 2
+    assert "out/mine.txt/report cannot be made, since out/mine.txt is a file" in err
 
 
 def test_weights_that_transformers_would_make_up(run, tmp_path, tokenizer):

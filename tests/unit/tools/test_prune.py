@@ -161,7 +161,9 @@ def test_an_output_directory_in_use(run, models, tmp_path):
     (tmp_path / "out" / "notes.txt").unlink()
     assert run("--keep", 1)[0] == 0  # an empty one is free
     inside = ("--out", str(models / "native" / "pruned"))
-    assert "lies in the model's own" in run("--keep", 1, out=inside)[2]
+    assert "which is not modified: name one elsewhere" in run("--keep", 1, out=inside)[2]
+    (tmp_path / "file").touch()
+    assert "file/out cannot be made, since file is a file" in run("--keep", 1, out=("--out", "file/out"))[2]
 
 
 @pytest.fixture

@@ -1,11 +1,18 @@
 """tools/upcycle.py: its command line, and mistakes told in one sentence."""
 
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import upcycle
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from modmoe.models.safetensors_stream import TensorSpec, WeightsWriter
+
+from .test_prune import anonymous_memory
 
 
 @pytest.fixture
@@ -39,6 +46,18 @@ def test_clusters_with_all_experts_equal_the_parent(dense, tool, tmp_path, capsy
     torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("dense/out", "lies in dense, which is not modified"), ("file/out", "file is a file"), ("dense", "dense exists")],
+)
+def test_places_that_are_taken(dense, tool, tmp_path, capsys, out, message):
+    (tmp_path / "file").touch()
+    assert tool("--method", "copy", "--experts", "4", "--top-k", "2", "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "file"}
+    assert not (tmp_path / "dense" / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["fields.yaml", "fields.json"])
 def test_fields_come_from_a_file_and_the_command_line_goes_before(dense, tool, tmp_path, name):
     text = '{"num_experts": 4, "num_experts_per_tok": 1, "router_type": "mlp", "router_hidden_size": 8}'
@@ -66,3 +85,45 @@ def test_mistakes_are_one_sentence(dense, tool, tmp_path, capsys, arguments, mes
     assert message in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "out").exists()
+
+
+# ---- A model larger than the memory that the tool may take ----
+
+
+def write_large(directory):
+    """1.7 GB of weights, the same 4 MB over and over; returns bytes in all and of the largest tensor to be made."""
+    sizes = {"vocab_size": 64, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 80}
+    config = LlamaConfig(**sizes, num_attention_heads=8, dtype="bfloat16")
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).to(torch.bfloat16).state_dict()
+    specs = {name: TensorSpec.of(tensor) for name, tensor in state.items()}
+    block = torch.randn(2**21).bfloat16()
+    with WeightsWriter(directory, specs, max_shard_bytes=400_000_000) as writer:
+        for name, spec in specs.items():
+            for start in range(0, spec.numel, len(block)):
+                writer.write(name, block[: spec.numel - start])
+    return sum(spec.nbytes for spec in specs.values()), 2 * 2 * 2048 * 1024 * 2  # gates and ups of two experts
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("how", [["copy", "--reinit", "0.5"], ["cluster"]], ids=["copy", "cluster"])
+def test_memory_does_not_grow_with_the_model(tmp_path, how):
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    dense.mkdir()
+    total, largest = write_large(dense)
+    allowed = 2 * largest + 200_000_000
+    assert total > 5 * allowed
+    peaks = []
+    for directory, code in ((dense, 2), (out, 0)):  # the first is refused, and shows what the imports take
+        command = [sys.executable, upcycle.__file__, "--dense", str(dense), "--out", str(directory)]
+        command += ["--experts", "2", "--top-k", "2", "--method", *how]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        peaks.append(max(anonymous_memory(process)))
+        assert process.wait() == code
+    grown = peaks[1] - peaks[0]
+    print(f"model {total:,} bytes, allowed {allowed:,}, grown {grown:,}, {peaks}")
+    assert grown <= allowed
+    for directory in (dense, out):
+        shutil.rmtree(directory)

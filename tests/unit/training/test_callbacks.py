@@ -75,6 +75,14 @@ def test_the_console_shows_every_aux_loss_and_no_layer():
     assert "layer" not in line
 
 
+def test_the_console_shows_how_many_tokens_use_an_extension():
+    logs = {"learning_rate": 1e-3, "tokens_per_second": 1.0}
+    logs |= {"router/c/ffn/used": 0.125, "router/c/attn/used": 0.0, "router/c/ffn/layer_00/used": 0.25}
+    line = console_line(logs)
+    assert "c/ffn used 12.5%  c/attn used 0.0%" in line
+    assert "25" not in line.replace("12.5%", "")
+
+
 def ended(stop, step):
     control = SimpleNamespace(should_log=False, should_save=False, should_training_stop=False)
     stop.on_optimizer_step(None, state(step), control)

@@ -299,7 +299,10 @@ def test_teachers_that_do_not_fit(make, base, tmp_path, content):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(content))
     assert "was trained with another tokenizer" in refused(make(teacher={"path": str(other)}))
-    assert "cannot load" in refused(make(teacher={"path": str(tmp_path / "nowhere")}))
+    message = refused(make(teacher={"path": str(tmp_path / "nowhere")}))
+    assert "cannot load" in message
+    assert message.endswith("give the directory of a saved model, or its name on the hub")
+    assert "\n" not in message
 
 
 # ---- Pruning on the way ----

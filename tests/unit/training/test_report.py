@@ -54,6 +54,18 @@ def test_expert_use_of_layers_that_differ(scores, tmp_path):
     assert (tmp_path / "expert_use.png").read_bytes()[:4] == PNG
 
 
+def test_expert_use_of_extensions(scores, tmp_path):
+    pytest.importorskip("matplotlib")
+    loads = scores["python"].loads
+    loads.sums["new/"] = [torch.tensor([3.0, 1.0]), torch.tensor([0.0, 0.0])]
+    loads.users["new/"] = [torch.tensor([4.0, 16.0]), torch.tensor([0.0, 16.0])]
+    write_expert_use(scores, {"attn": [1], "ffn": [0, 1], "new/ffn": [0, 1]}, tmp_path)
+    content = json.loads((tmp_path / "expert_use.json").read_text())
+    assert content["share_of_assignments"]["python"]["new/ffn"] == [[0.75, 0.25], [0.0, 0.0]]
+    assert content["share_of_tokens_that_use_the_extension"]["web"] == {"new/ffn": [0.25, 0.0]}
+    assert (tmp_path / "expert_use.png").read_bytes()[:4] == PNG
+
+
 def test_a_dense_model_has_no_picture(tmp_path):
     write_expert_use({"python": DomainScore(2.0, 1.0)}, {"attn": [], "ffn": []}, tmp_path)
     assert not (tmp_path / "expert_use.png").exists()

@@ -43,7 +43,8 @@ def message(path, *arguments):
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    run = load_run_config(path, kind=FinetuningRun if path.name == "finetune.yaml" else RunConfig)
+    tunes = "finetuning" in yaml.safe_load(path.read_text())
+    run = load_run_config(path, kind=FinetuningRun if tunes else RunConfig)
     assert run.deepspeed is not None
     assert "preset" not in run.model
 
@@ -206,7 +207,7 @@ def test_unknown_keys_name_the_closest(make_run, write, key, value, expected):
         ("tokenizer", {"name": "x", "vocab_size": 300}, "tokenizer: give exactly one of name and vocab_size"),
         ("data", "python", "data: input should be a valid dictionary"),
         ("data.sources", [], "data.sources: list should have at least 1 item"),
-        ("data.sources.0.weight", -1, "data.sources.0: source 'words': weight must be a finite number > 0"),
+        ("data.sources.0.weight", -1, "data.sources.0: source 'words': weight must be a finite number >= 0"),
         (
             "model.num_experts_per_tok",
             9,
@@ -240,6 +241,14 @@ def test_every_mistake_gets_a_line(make_run):
 
 def test_missing_sections(write):
     assert message(write(lambda content: content.pop("data"))) == "data is required"
+
+
+@pytest.mark.parametrize("output_dir", ["saved/final", "saved", "saved/final/run", "other/../saved"])
+def test_the_model_of_init_is_not_written_over(make_run, tmp_path, monkeypatch, output_dir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"output_dir {output_dir} and init saved/final lie in each other"):
+        make_run({"init": "saved/final", "output_dir": output_dir})
+    make_run({"init": "saved/final", "output_dir": "saved-again"})
 
 
 def test_neither_model_nor_init(make_run):
