@@ -84,7 +84,7 @@ def _carry_out(
             check_batch(checkpoint, world_size(), batch.micro_batch_size, batch.gradient_accumulation)
         # Not before it is certain that this is no other run's directory.
         status = watchdog.status = RunStatus(run.output_dir)
-        data = _prepare_data(run)
+        data = prepare_run_data(run)
     check_agreement(team, "data", data_fingerprint(data), 60 * run.health.join_minutes)
     if checkpoint is not None and not has_vocabulary(checkpoint, data.tokenizer):
         raise ConfigError(
@@ -117,7 +117,14 @@ def _carry_out(
     return 0
 
 
-def _prepare_data(run: RunConfig) -> PreparedData:
+def prepare_run_data(run: RunConfig) -> PreparedData:
+    """
+    The data of a run, tokenised once.
+
+    Raises:
+        ConfigError: for mistakes in the configuration or the text.
+        RunError: if it cannot be written.
+    """
     blocks = run.steps(world_size()) * run.blocks_per_step(world_size())
     try:
         return prepare_data(
