@@ -90,7 +90,7 @@ def inherit(
         taken: dict[str, Tensor] = {}
         if what.ffn != "fresh":
             experts = student.config.experts_at(layers.index(block))
-            taken |= _ffn(weights, own, what, experts, generator)
+            taken |= _ffn(weights, own, what, experts, _gates(student.config, *experts), generator)
         if what.attention == "teacher" and student.config.attention_type == native.attention_type:
             taken |= _attention(weights, own)
         taken |= _norms(weights, own, taken)
@@ -140,6 +140,7 @@ def _ffn(
     own: Mapping[str, Tensor],
     what: Inheritance,
     experts: tuple[int, int],
+    gates: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     theirs = {name.removeprefix(_FFN): tensor for name, tensor in weights.items() if name.startswith(_FFN)}
@@ -159,11 +160,20 @@ def _ffn(
             f"ffn={method!r} makes of the teacher's FFN experts of shapes {made}, and the student's have {wanted}: "
             "change intermediate_size, num_experts, gated_ffn or hidden_size of the student, or take ffn='fresh'"
         )
+    if method == "cluster":
+        parts = {name: part / gates if name.startswith("down_proj") else part for name, part in parts.items()}
     taken = {f"{_FFN}{name}": tensor for name, tensor in parts.items()}
     gate = own.get("mlp.gate.weight")
     if router is not None and gate is not None and gate.shape == router.shape:
         taken["mlp.gate.weight"] = router
     return taken
+
+
+def _gates(config: ModMoEConfig, num_experts: int, top_k: int) -> float:
+    """What a router that knows nothing yet multiplies each cluster by, which all together were the teacher's FFN."""
+    if num_experts == 1 or config.unit_gates:
+        return 1.0
+    return 1 / top_k if config.norm_topk_prob else 1 / num_experts
 
 
 def _attention(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ def write_results(
         "hybrids": None if report is None else {"meta": report.meta, "with_teacher_stage": report.hybrids},
         "phases": entries,
         "tokens": sum(entry["tokens"] for entry in entries.values()),
+        # That each part of the student was trained on; stages are trained on the same ones.
+        "student_tokens": entries["end to end"]["tokens"] + entries.get("stage 0", {"tokens": 0})["tokens"],
         "wall_seconds": round(sum(entry["wall_seconds"] for entry in entries.values()), 2),
         "cpu_seconds": round(sum(entry["cpu_seconds"] for entry in entries.values()), 2),
         # Of the last phase alone: a baseline has no other.
