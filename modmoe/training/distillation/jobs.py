@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,7 +140,7 @@ class ProgressView:
         output: where to.
     """
 
-    def __init__(self, stages: Sequence[int], output: TextIO = sys.stdout) -> None:
+    def __init__(self, stages: Sequence[int], output: TextIO) -> None:
         self._states = {stage: "waiting" for stage in stages}
         self._printed: dict[int, float] = {}
         self._output = output

@@ -186,7 +186,7 @@ class Distillation:
             lambda index: [sys.executable, str(self._script), "--config", str(config), "--stage", str(index)],
             self._places.pair_run,
             self._run.jobs,
-            ProgressView(missing),
+            ProgressView(missing, sys.stdout),
         )
         return jobs.run(missing)
 
