@@ -40,7 +40,7 @@ from modmoe.training.distillation.trainer import JobTrainer
 from modmoe.training.errors import ConfigError
 from modmoe.training.finetuning.run import finetune
 from modmoe.training.pretraining import Build, carry_out, prepare_run_data
-from modmoe.training.ranks.bootstrap import world_size
+from modmoe.training.ranks.bootstrap import is_main_process, world_size
 from modmoe.training.ranks.team import join
 from modmoe.training.ranks.watchdog import Watchdog
 from modmoe.training.run_config import RunConfig
@@ -302,7 +302,7 @@ class Distillation:
             logger.info("%s: done already, %s", name, run.output_dir / FINAL)
             return 0
         logger.info("--- %s ---", name)
-        if forget_hybrids and world_size() == 1:
+        if forget_hybrids and is_main_process():
             self._places.hybrids.unlink(missing_ok=True)
         with measured(run.output_dir):
             return _isolated(lambda: carry_out(run, build, JobTrainer))

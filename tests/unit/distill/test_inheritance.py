@@ -90,6 +90,23 @@ def test_a_narrower_student_takes_the_network_through_the_projection(teacher):
     assert written == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
 
 
+def test_the_projection_is_exact_for_hidden_states_within_it(teacher):
+    """Of attention, in one block: what it adds leaves the subspace, so that behind it nothing is exact any more."""
+    teacher = cut(build("llama"), [(0, 2), (2, 3), (3, 5)])
+    block = teacher.stages[1].blocks[0]
+    with torch.no_grad():
+        block.mlp.down_proj.weight.zero_()
+        block.input_layernorm.weight.uniform_(0.5, 1.5)
+    projection = torch.linalg.qr(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)))[0]
+    specs = stage_specs([(0, 2), (2, 3), (3, 5)], 8)
+    student = build_student_stage(like_the_teacher(teacher, hidden_size=8, head_dim=8), specs[1], seed=0).eval()
+    inherit(student, teacher.stages[1], Inheritance("copy", "teacher"), SEED, projection)
+    narrow = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(1))
+    wide = []
+    teacher.frame(text(), lambda hidden, calls: wide.append(teacher.stages[1](narrow @ projection.T, calls)) or hidden)
+    assert student(text(), narrow).hidden_states.allclose(wide[0] @ projection, atol=1e-4)
+
+
 def test_attention_of_another_type_or_shape_stays_fresh(teacher):
     for changes in ({"attention_type": "stickbreaking"}, {"num_attention_heads": 1, "num_key_value_heads": 1}):
         student = middle(teacher, like_the_teacher(teacher, **changes))

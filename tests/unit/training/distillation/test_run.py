@@ -194,12 +194,12 @@ def test_cached_signals_teach_what_the_teacher_teaches(unfinished, finished, mak
         objective = {"hidden_weight": 1.0, "relation_weight": 1.0, "relation_heads": 2}
         changes = {"stage": 1, "distillation.pairs.objective": objective}
         changes["distillation.pairs.signals"] = {"cache": cache, "top_k": VOCABULARY}
-        changes |= {"distillation.pairs.optimization": {"steps": 8}, "data.sources.0.max_bytes": 1500}
+        changes |= {"distillation.pairs.optimization": {"steps": 16}, "data.sources.0.max_bytes": 1500}
         assert distill(make(out, changes), SCRIPT) == 0
         losses.append([r["loss"] for r in read_metrics(Places(out).pair_run(1) / "metrics.jsonl") if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     content = json.loads((Places(out).pair_run(1) / "signals" / "cache.json").read_text())
-    assert content["ends"][-1] < 8 * 4
+    assert content["ends"][-1] < 16 * 4
 
 
 def test_incubated_stages_teach(make, tmp_path):
