@@ -71,7 +71,13 @@ def settings(corpus, cache_dir, teacher):
             "cache_dir": str(cache_dir),
             "sources": [{"name": "words", "files": [str(corpus)], "validation_fraction": 0.2}],
         },
-        "optimization": {"steps": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "precision": "fp32"},
+        "optimization": {
+            "steps": 4,
+            "micro_batch_size": 2,
+            "gradient_accumulation": 2,
+            "learning_rate": 1e-2,
+            "precision": "fp32",
+        },
         "distillation": {
             "stages": {"count": 2},
             # A teacher that knows nothing makes no better hybrids.

@@ -103,20 +103,20 @@ def test_what_is_done_is_not_done_again(finished, make, caplog):
 
 def test_a_stage_trains_where_the_rest_of_the_teacher_never_was(unfinished, finished, make, monkeypatch):
     """Nor the teacher's own directory; weights are those of the run that had everything."""
-    shutil.rmtree(Places(unfinished).teacher_stage(0))
+    shutil.rmtree(Places(unfinished).teacher_stage(1))
     trained = []
     finish = JobTrainer.save_final
     monkeypatch.setattr(JobTrainer, "save_final", lambda self, path: trained.append(self.model) or finish(self, path))
     before = digests(unfinished)
-    run = make(unfinished, {"teacher": "nowhere", "tokenizer": {"name": "nowhere"}, "stage": 1})
+    run = make(unfinished, {"teacher": "nowhere", "tokenizer": {"name": "nowhere"}, "stage": 0})
     assert distill(run, SCRIPT) == 0
-    assert_same(weights(unfinished, 1), weights(finished, 1))
+    assert_same(weights(unfinished, 0), weights(finished, 0))
     assert before.items() <= digests(unfinished).items()
-    # Teacher and meta model are what they were, in memory too.
+    # Teacher and meta model are what they were, in memory too; gradient went through the latter's end.
     (job,) = trained
-    meta, stage = CutModel.load(Places(unfinished).meta), Stage.load(Places(unfinished).teacher_stage(1))
+    meta, stage = CutModel.load(Places(unfinished).meta), Stage.load(Places(unfinished).teacher_stage(0))
     assert_same(dict(job.task.frozen.meta.named_parameters()), dict(meta.named_parameters()))
-    assert_same(dict(job.task.frozen.teacher_net.stages[1].named_parameters()), dict(stage.named_parameters()))
+    assert_same(dict(job.task.frozen.teacher_net.stages[0].named_parameters()), dict(stage.named_parameters()))
 
 
 def test_a_stage_needs_what_the_phases_before_it_leave(unfinished, make, tmp_path):
