@@ -275,6 +275,17 @@ def test_another_distillation_in_the_same_directory_is_refused(finished, make, c
         distill(make(finished, changes), SCRIPT)
 
 
+def test_overwriting_does_again_what_has_changed_and_what_rests_on_it(finished, make, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = digests(out)
+    changes = {"distillation.pairs.objective.alpha": 0.2, "overwrite_output": True, "evaluation.interval": 0}
+    assert distill(make(out, changes), SCRIPT) == 0
+    after = digests(out)
+    changed = {name.split("/")[0] for name in before if after.get(name) != before[name]}
+    assert changed == {"stages", "student", "finetuned"}
+    assert after["stages/0/final/stitches.safetensors"] == before["stages/0/final/stitches.safetensors"]
+
+
 def test_another_teacher_in_the_same_directory_is_refused(finished, make, teacher, tmp_path):
     other = shutil.copytree(teacher, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
