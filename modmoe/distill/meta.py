@@ -9,8 +9,9 @@ end to end (`MetaFit` without a teacher and alpha = 0), and every teacher stage 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -167,6 +168,19 @@ class MetaFit(nn.Module):
             num_items=num_items_in_batch,
         )
 
+    def score(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """As `forward`, of labels alone and by the meta model alone."""
+        return PRETRAIN.losses(self.meta(**batch).logits, self.targets_of(batch), None)
+
+    @property
+    def meta(self) -> CutModel:
+        """The meta model; it shares its modules with this one."""
+        return CutModel(cast(Frame, self.frozen.frame), cast(Sequence[Stage], self.stages))
+
+    def save(self, directory: Path) -> None:
+        """Write the meta model, for `CutModel.load`."""
+        self.meta.save(directory)
+
     def _stand_ins(self) -> list[Stage | None]:
         """Which stages of the teacher take part; the meta model always keeps one of its own."""
         if self.teacher is None or not self.training or not self.replace:
@@ -196,6 +210,14 @@ class Incubation(nn.Module):
         """See `MetaFit.forward`."""
         logits = cast(CutModel, self.frozen.meta).with_stage(self.stage)(**batch).logits
         return PRETRAIN.losses(logits, self.targets_of(batch), None, num_items=num_items_in_batch)
+
+    def score(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """As `forward`."""
+        return self(**batch)
+
+    def save(self, directory: Path) -> None:
+        """Write the stage, for `Stage.load`."""
+        self.stage.save(directory)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from modmoe.distill.frame import Batch
 from modmoe.distill.frozen import Frozen
-from modmoe.distill.meta import Targets
+from modmoe.distill.meta import PRETRAIN, Targets
 from modmoe.distill.objective import Objective, next_token_targets, real_tokens
 from modmoe.distill.signals import TeacherSignals
 from modmoe.distill.stages import CutModel, Stage
@@ -102,6 +102,10 @@ class StagePair(nn.Module):
             output = teacher_net(**batch)
         return TeacherSignals(output.logits, {i: output.boundaries[i] for i in (index, index + 1)})
 
+    def forget_teacher(self) -> None:
+        """Free the teacher's stage; from now on every batch must bring its signals along."""
+        self.frozen.add_module("teacher_net", None)
+
     def student_output(self, batch: Batch, before: torch.Tensor | None) -> tuple[StudentOutput, torch.Tensor]:
         """
         Run the student net.
@@ -128,7 +132,7 @@ class StagePair(nn.Module):
         num_tokens_in_batch: torch.Tensor | int | None = None,
         router_statistics: RouterStatistics | None = None,
         **batch: Any,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         """
         Args:
             signals: `TeacherSignals.tensors()` of this batch, from a cache; None asks the teacher.
@@ -137,7 +141,7 @@ class StagePair(nn.Module):
 
         Returns:
             "loss" with gradient, and its parts without: "cross_entropy", "kl" or "hard", "hidden", "relation" and
-            "router".
+            "router"; and the loads of the stage's routers, see `StudentStage.loads`.
         """
         given = self.teacher_signals(batch) if signals is None else TeacherSignals.of(signals)
         index = self.spec.index
@@ -160,7 +164,22 @@ class StagePair(nn.Module):
         if routers is not None:
             losses["loss"] = losses["loss"] + self.student.config.router_aux_loss_coef * routers.contribution
             losses["router"] = routers.aux_loss.detach()
-        return losses
+        return losses | self.student.loads(output, batch)
+
+    def score(self, batch: Batch) -> dict[str, Any]:
+        """As `forward`, of labels alone: no teacher is asked."""
+        output = self._output_without_teacher(batch)
+        assert output.logits is not None
+        return PRETRAIN.losses(output.logits, self.targets_of(batch), None) | self.student.loads(output, batch)
+
+    @torch.no_grad()
+    def router_statistics(self, batch: Batch) -> RouterStatistics | None:
+        """First pass of `aux_scope="global_batch"`, see `ModMoEForCausalLM.router_statistics`."""
+        return self.student.statistics_of(self._output_without_teacher(batch), batch)
+
+    def _output_without_teacher(self, batch: Batch) -> StudentOutput:
+        meta, index = cast(CutModel, self.frozen.meta), self.spec.index
+        return self.student_output(batch, None if self.spec.is_first else meta.until(batch, index))[0]
 
     def save(self, directory: Path) -> None:
         """Write the student's stage and, in a file of their own, its stitches."""

@@ -103,6 +103,19 @@ class StudentStage(WithRouterLosses):
         hidden_states = outputs.last_hidden_state
         return StudentOutput(hidden_states, None if self.lm_head is None else self.lm_head(hidden_states), outputs)
 
+    def statistics_of(self, output: StudentOutput, batch: Batch) -> RouterStatistics | None:
+        """Sums over the tokens of a forward pass, of FFN and then of attention routers; None without routers."""
+        return self._statistics(output.routing, batch.get("attention_mask"))
+
+    def loads(self, output: StudentOutput, batch: Batch) -> dict[str, tuple[torch.Tensor, ...]]:
+        """How many tokens chose each expert, under the names of a causal LM's output: (E,) fp32 per router."""
+        statistics = self.statistics_of(output, batch)
+        if statistics is None:
+            return {}
+        loads = iter(statistics.tokens_per_expert())
+        ffn = tuple(next(loads) for _ in output.routing.router_logits or ())
+        return {"tokens_per_expert": ffn, "attn_tokens_per_expert": tuple(loads)}
+
     def router_losses(
         self,
         output: StudentOutput,
@@ -118,7 +131,7 @@ class StudentStage(WithRouterLosses):
         Args:
             targets: (B, T), -100 where there is nothing to predict.
         """
-        statistics = self._statistics(output.routing, batch.get("attention_mask"))
+        statistics = self.statistics_of(output, batch)
         if statistics is None:
             return None
         shares = (targets, num_items_in_batch, num_tokens_in_batch, router_statistics)

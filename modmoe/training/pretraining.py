@@ -5,24 +5,20 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from modmoe.data import PreparedData, prepare_data
-from modmoe.models import ModMoEForCausalLM
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
 from modmoe.training.checkpoints.checkpoint import check_batch, writing
 from modmoe.training.checkpoints.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.errors import ConfigError, RunError
 from modmoe.training.initialization import build_model, check_saved_model, has_vocabulary
 from modmoe.training.monitoring.progress import Progress
-from modmoe.training.monitoring.report import draw_loss, sample, score_table, write_expert_use, write_results
+from modmoe.training.monitoring.report import draw_loss, score_table, write_expert_use, write_results
 from modmoe.training.monitoring.router_load import routed_layers
-from modmoe.training.monitoring.throughput import parameter_counts, trained_parameters
 from modmoe.training.ranks.agreement import check_agreement, data_fingerprint, run_fingerprint
 from modmoe.training.ranks.bootstrap import world_size
 from modmoe.training.ranks.team import Team, join
@@ -34,8 +30,8 @@ from modmoe.training.trainer import ModMoETrainer, run_precision, training_argum
 logger = logging.getLogger(__name__)
 
 
-Build = Callable[[Any, PreTrainedTokenizerFast], ModMoEForCausalLM]
-"""From a run and its tokenizer to the model that is trained."""
+Build = Callable[[Any, PreTrainedTokenizerFast], Any]
+"""From a run and its tokenizer to what its trainer trains."""
 
 
 def pretrain(run: RunConfig) -> int:
@@ -88,7 +84,7 @@ def _carry_out(
             check_batch(checkpoint, world_size(), batch.micro_batch_size, batch.gradient_accumulation)
         # Not before it is certain that this is no other run's directory.
         status = watchdog.status = RunStatus(run.output_dir)
-        data = _prepare_data(run)
+        data = prepare_run_data(run)
     check_agreement(team, "data", data_fingerprint(data), 60 * run.health.join_minutes)
     if checkpoint is not None and not has_vocabulary(checkpoint, data.tokenizer):
         raise ConfigError(
@@ -101,7 +97,7 @@ def _carry_out(
         with writing(run.output_dir, run.output_dir):
             clear_foreign_run(run)
             save_run_file(run, run.output_dir, facts)
-        logger.info(summary(run, model, data, facts))
+        logger.info(summary(run, trainer_class.describe(model), data, facts))
     trainer = trainer_class(model, args, run, data, facts)
     trainer.add_callback(Progress(run, status, watchdog, trainer.guard))
     if checkpoint is not None:
@@ -121,7 +117,14 @@ def _carry_out(
     return 0
 
 
-def _prepare_data(run: RunConfig) -> PreparedData:
+def prepare_run_data(run: RunConfig) -> PreparedData:
+    """
+    The data of a run, tokenised once.
+
+    Raises:
+        ConfigError: for mistakes in the configuration or the text.
+        RunError: if it cannot be written.
+    """
     blocks = run.steps(world_size()) * run.blocks_per_step(world_size())
     try:
         return prepare_data(
@@ -134,7 +137,7 @@ def _prepare_data(run: RunConfig) -> PreparedData:
 
 
 def _finish(trainer: ModMoETrainer, run: RunConfig, data: PreparedData) -> None:
-    """Final evaluation, export, pictures, samples."""
+    """Final evaluation, export, pictures, and what the trainer shows."""
     scores = trainer.score_domains(run.evaluation.final_blocks_per_domain)
     final = run.output_dir / FINAL
     with writing(final, run.output_dir):
@@ -146,16 +149,7 @@ def _finish(trainer: ModMoETrainer, run: RunConfig, data: PreparedData) -> None:
         draw_loss(run.output_dir / "metrics.jsonl", run.output_dir / "loss.png")
         write_results(scores, data.statistics, run.output_dir)
     print(score_table(scores, data.statistics))
-    model = load_final(final, trainer.args)
-    for domain in data.statistics:
-        print(f"--- {domain} ---\n{sample(model, data.tokenizer, domain)}")
-    print(f"saved {final}; load it with: import modmoe; AutoModelForCausalLM.from_pretrained({str(final)!r})")
-
-
-def load_final(directory: Path, args: TrainingArguments) -> PreTrainedModel:
-    """Load the export as any user would, whatever engine trained it."""
-    unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model as well
-    return AutoModelForCausalLM.from_pretrained(directory).to(args.device).eval()
+    trainer.show(final)
 
 
 def _facts(run: RunConfig) -> dict[str, Any]:
@@ -171,12 +165,8 @@ def _facts(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts: dict[str, Any]) -> str:
-    """What is about to happen, in a few lines."""
-    config = model.config
-    total, active = parameter_counts(model)
-    trained = trained_parameters(model)
-    frozen = f"; {trained:,} of them are trained" if trained < total else ""
+def summary(run: RunConfig, model: dict[str, str], data: PreparedData, facts: dict[str, Any]) -> str:
+    """What is about to happen, in a few lines; those of `model` are the trainer's `describe`."""
     without_size = {source.name: "streamed" if source.weight else "only evaluated" for source in run.data.sources}
     steps, per_step = run.steps(world_size()), run.tokens_per_step(world_size())
     sizes = ", ".join(
@@ -184,12 +174,9 @@ def summary(run: RunConfig, model: ModMoEForCausalLM, data: PreparedData, facts:
         for name, split in data.statistics.items()
     )
     lines = {
-        "model": f"{total:,} parameters, {active:,} active per token; {config.num_hidden_layers} layers of width "
-        f"{config.hidden_size}, {config.num_attn_experts} attention and {config.num_experts} FFN experts{frozen}",
+        **model,
         "data": f"{sizes}; vocabulary {len(data.tokenizer):,}",
         "training": f"{steps:,} steps of {per_step:,} tokens, {steps * per_step:,} in all",
-        "aux loss": f"{config.router_aux_loss_type}, coefficient {config.router_aux_loss_coef:g}, z-loss weight "
-        f"{config.router_z_loss_weight:g}, over {config.aux_scope}",
         "machine": ", ".join(f"{name} {value}" for name, value in facts.items()),
         "output": str(run.output_dir),
     }

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -117,6 +117,8 @@ class EvaluationConfig(Section):
 
     interval: int = Field(default=0, ge=0)
     """Steps between two evaluations; 0 evaluates at the end only."""
+    at_start: bool = False
+    """Whether to evaluate before the first step too."""
     blocks_per_domain: int = Field(default=64, ge=1)
     """Validation blocks per domain during training."""
     final_blocks_per_domain: int = Field(default=512, ge=1)
@@ -183,6 +185,9 @@ class RunConfig(Section):
     """Implementation of the ops, for all that have one of that name; none: MODMOE_BACKEND, else the best that runs."""
     overwrite_output: bool = False
     """Whether to delete another run that `output_dir` holds; refused otherwise."""
+
+    follows_from_place: ClassVar[tuple[str, ...]] = ()
+    """Keys whose values follow from where the run is, and that make no other run of it."""
 
     @model_validator(mode="before")
     @classmethod

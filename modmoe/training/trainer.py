@@ -18,7 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
@@ -46,9 +55,15 @@ from modmoe.training.monitoring.events import Events
 from modmoe.training.monitoring.late import Late
 from modmoe.training.monitoring.metric_window import MetricWindow
 from modmoe.training.monitoring.nonfinite import Finding, find_nonfinite
+from modmoe.training.monitoring.report import sample
 from modmoe.training.monitoring.router_load import common_experts, routed_layers
 from modmoe.training.monitoring.step_guard import Outcome, StepGuard, poison, skip_if_not_finite
-from modmoe.training.monitoring.throughput import flops_per_token, peak_tflops
+from modmoe.training.monitoring.throughput import (
+    flops_per_token,
+    parameter_counts,
+    peak_tflops,
+    trained_parameters,
+)
 from modmoe.training.optimizer import build_optimizer, build_scheduler
 from modmoe.training.precision import Precision, autocast, resolve_precision
 from modmoe.training.ranks.bootstrap import world_size
@@ -135,6 +150,7 @@ def training_arguments(run: RunConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,  # would hide a diverged run, and wait for the device at every step
         eval_strategy="steps" if run.evaluation.interval else "no",
         eval_steps=run.evaluation.interval or None,
+        eval_on_start=run.evaluation.at_start,
         save_strategy="steps",
         save_steps=run.checkpoint.interval,
         use_cache=True,  # of the saved config; the trainer itself turns the cache off per call
@@ -184,7 +200,7 @@ class ModMoETrainer(Trainer):
         )
         self._stragglers = Stragglers(model.base_model)
         self._peak_tflops = device_peak_tflops(run)
-        self._flops_per_token = flops_per_token(model, run.data.sequence_length)
+        self._flops_per_token = self._count_flops(model)
         self._window = MetricWindow()
         self._window_start = (0, 0.0)
         self._pauses = 0.0
@@ -200,7 +216,7 @@ class ModMoETrainer(Trainer):
         callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
-        if model.config.use_selection_bias:
+        if any(self._layers.values()) and model.config.use_selection_bias:
             callbacks.append(SelectionBias(self._window.step_loads))
         super().__init__(
             model=model,
@@ -213,6 +229,32 @@ class ModMoETrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+
+    # ---- For the reader ----
+
+    @staticmethod
+    def describe(model: Any) -> dict[str, str]:
+        """Name -> a line on the model, before training."""
+        config = model.config
+        total, active = parameter_counts(model)
+        trained = trained_parameters(model)
+        frozen = f"; {trained:,} of them are trained" if trained < total else ""
+        return {
+            "model": f"{total:,} parameters, {active:,} active per token; {config.num_hidden_layers} layers of width "
+            f"{config.hidden_size}, {config.num_attn_experts} attention and {config.num_experts} FFN experts{frozen}",
+            "aux loss": f"{config.router_aux_loss_type}, coefficient {config.router_aux_loss_coef:g}, z-loss weight "
+            f"{config.router_z_loss_weight:g}, over {config.aux_scope}",
+        }
+
+    def show(self, directory: Path) -> None:
+        """Print what the model writes. It is loaded as any user would load it, whatever engine trained it."""
+        unset_hf_deepspeed_config()  # else ZeRO-3 would shard this model as well
+        model = AutoModelForCausalLM.from_pretrained(directory).to(self.args.device).eval()
+        for domain in self.data.statistics:
+            print(f"--- {domain} ---\n{sample(model, self.data.tokenizer, domain)}")
+        print(
+            f"saved {directory}; load it with: import modmoe; AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+        )
 
     # ---- Optimizer ----
 
@@ -338,7 +380,7 @@ class ModMoETrainer(Trainer):
 
         It draws the same random numbers as the training pass that follows.
         """
-        if self.model.config.aux_scope != "global_batch" or not any(self._layers.values()):
+        if not any(self._layers.values()) or self.model.config.aux_scope != "global_batch":
             return None
         bare = self.accelerator.unwrap_model(model)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -422,14 +464,19 @@ class ModMoETrainer(Trainer):
         per_step = self.run.tokens_per_step(self.args.world_size)
         metrics |= {"tokens": self.state.global_step * per_step, "tokens_per_second": steps * per_step / seconds}
         metrics |= self._figures()
-        tflops = metrics["tokens_per_second"] * self._flops_per_token / self.args.world_size / 1e12
-        metrics["tflops_per_device"] = tflops
-        if self._peak_tflops is not None:
-            metrics["mfu"] = tflops / self._peak_tflops
+        if self._flops_per_token is not None:
+            tflops = metrics["tokens_per_second"] * self._flops_per_token / self.args.world_size / 1e12
+            metrics["tflops_per_device"] = tflops
+            if self._peak_tflops is not None:
+                metrics["mfu"] = tflops / self._peak_tflops
         if self.args.world_size > 1:
             metrics |= self._stragglers.metrics(steps, self.args.device)
         common = common_experts(self.model.config)
         return metrics | loads.metrics(self._layers, self.run.expert_parallel_size, common)
+
+    def _count_flops(self, model: ModMoEForCausalLM) -> float | None:
+        """Of training on one token; None if that is not known."""
+        return flops_per_token(model, self.run.data.sequence_length)
 
     def _figures(self) -> dict[str, float]:
         """What else a record of training says."""
@@ -449,6 +496,7 @@ class ModMoETrainer(Trainer):
         if resume_from_checkpoint is not None:
             first = step_of(Path(resume_from_checkpoint))
             self.clock.seconds = read_manifest(Path(resume_from_checkpoint))["seconds"]
+            self.args.eval_on_start = False  # it was
         self._window_start = (first, time.perf_counter())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

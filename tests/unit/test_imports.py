@@ -22,7 +22,7 @@ ALLOWED = {
     "parallel": {"utils", "ops", "layers", "models"},
     "surgery": {"utils", "ops", "layers", "losses", "models", "data", ""},
     "distill": {"utils", "ops", "layers", "losses", "models", "surgery", ""},
-    "training": {"utils", "ops", "layers", "losses", "models", "data", "parallel", "surgery", ""},
+    "training": {"utils", "ops", "layers", "losses", "models", "data", "parallel", "surgery", "distill", ""},
 }
 # Third-party packages that rooms are held to; rooms that are not named are free.
 ONLY = {"ops": {"torch"}, "losses": {"torch"}, "layers": {"torch", "transformers"}}

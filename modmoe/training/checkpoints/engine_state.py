@@ -149,10 +149,11 @@ class EngineState:
     # ---- Fragments ----
 
     def _fragments(self) -> Iterator[_Fragment]:
-        """Of every parameter and saved buffer, in the same order on every process."""
-        for name, parameter in self._model.named_parameters():
-            yield self._engine.fragment(name, parameter)
+        """Of every saved parameter and buffer, in the same order on every process."""
         saved = self._model.state_dict().keys()
+        for name, parameter in self._model.named_parameters():
+            if name in saved:
+                yield self._engine.fragment(name, parameter)
         for name, buffer in self._model.named_buffers():
             if name in saved:
                 yield _whole(name, buffer)

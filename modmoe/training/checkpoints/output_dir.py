@@ -19,12 +19,14 @@ from modmoe.training.run_config import RunConfig
 from modmoe.training.yaml_config import flatten, load_yaml
 
 FINAL = "final"
+# The last that a run writes.
+RESULTS = "results.json"
 RUN_FILE = "run.yaml"
 _LOCK_FILE = ".lock"
 _RUN_FILE_BEGINS = "# modmoe: "
 # Settings that make two runs different; the rest may change when a run resumes. How a step's batch is cut up may too,
 # as long as it stays as large: `checkpoint.check_batch`.
-_IDENTITY = ("model", "data", "tokenizer", "optimization", "init", "seed", "finetuning")
+_IDENTITY = ("model", "data", "tokenizer", "optimization", "init", "seed", "finetuning", "distillation")
 _NOT_IDENTITY = (
     "data.cache_dir",
     "data.workers",
@@ -39,9 +41,10 @@ _PRODUCTS = (
     "tensorboard",
     FINAL,
     "loss.png",
-    "results.json",
+    RESULTS,
     "expert_use.png",
     "expert_use.json",
+    "costs.jsonl",
 )
 
 
@@ -108,6 +111,19 @@ def claim_output_dir(run: RunConfig) -> Path | None:
     return None
 
 
+def is_finished(run: RunConfig) -> bool:
+    """
+    Whether the output directory holds the result of this very run.
+
+    Raises:
+        ConfigError: as `claim_output_dir`.
+    """
+    claim_output_dir(run)
+    if not (run.output_dir / FINAL).is_dir() or not (run.output_dir / RESULTS).is_file():
+        return False
+    return not _differing_keys(run.output_dir / RUN_FILE, run)
+
+
 def clear_foreign_run(run: RunConfig) -> None:
     """Delete what a different run left in the output directory, once `claim_output_dir` has allowed it."""
     if not _holds_run(run.output_dir) or not _differing_keys(run.output_dir / RUN_FILE, run):
@@ -154,14 +170,14 @@ def _differing_keys(run_file: Path, run: RunConfig) -> dict[str, tuple[Any, Any]
     """Identity key -> (value there, value here)."""
     if not run_file.is_file():
         return {RUN_FILE: ("missing", "expected")}
-    there, here = _identity(load_yaml(run_file)), _identity(run.model_dump(mode="json"))
+    there, here = (_identity(content, run) for content in (load_yaml(run_file), run.model_dump(mode="json")))
     pairs = {key: (there.get(key), here.get(key)) for key in {**there, **here}}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
-def _identity(content: dict[str, Any]) -> dict[str, Any]:
+def _identity(content: dict[str, Any], run: RunConfig) -> dict[str, Any]:
     flat = flatten({section: content.get(section) for section in _IDENTITY})
-    return {key: value for key, value in flat.items() if key not in _NOT_IDENTITY}
+    return {key: value for key, value in flat.items() if key not in (*_NOT_IDENTITY, *run.follows_from_place)}
 
 
 def _listing(differing: dict[str, tuple[Any, Any]]) -> str:

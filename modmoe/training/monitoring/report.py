@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modmoe.data import DomainStatistics
 from modmoe.training.callbacks import read_metrics
+from modmoe.training.checkpoints.output_dir import RESULTS
 from modmoe.training.evaluation import DomainScore
 
 _PROMPTS = {"python": "def ", "c": "#include", "english": "The "}
@@ -48,7 +49,7 @@ def write_results(
         }
         for name, score in scores.items()
     }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1))
+    (output_dir / RESULTS).write_text(json.dumps(results, indent=1))
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedConfig
 
 from modmoe.models import ModMoEConfig
 
@@ -14,13 +15,15 @@ SIDES = {"attn": "attn_tokens_per_expert", "ffn": "tokens_per_expert"}
 Sums = dict[str, list[torch.Tensor]]
 
 
-def routed_layers(config: ModMoEConfig) -> dict[str, list[int]]:
+def routed_layers(config: PreTrainedConfig) -> dict[str, list[int]]:
     """
-    Side -> layers that have a router there, in the order of the model's outputs.
+    Side -> layers that have a router there, in the order of the model's outputs; none in models of others.
 
     An extension with routers of its own adds the sides NAME/ffn and NAME/attn; experts of a "common" one are the last
     of the model's own routers.
     """
+    if not isinstance(config, ModMoEConfig):
+        return {side: [] for side in SIDES}
     layers = range(config.num_hidden_layers)
     sides = {
         "attn": [layer for layer in layers if config.attn_router_rows_at(layer)],
@@ -33,8 +36,10 @@ def routed_layers(config: ModMoEConfig) -> dict[str, list[int]]:
     return sides
 
 
-def common_experts(config: ModMoEConfig) -> dict[str, int]:
+def common_experts(config: PreTrainedConfig) -> dict[str, int]:
     """Side -> how many experts of "common" extensions are behind the model's own in each of its routers."""
+    if not isinstance(config, ModMoEConfig):
+        return {side: 0 for side in SIDES}
     common = [extension for extension in config.extension_list() if extension.mode == "common"]
     return {"attn": sum(e.num_attn_experts for e in common), "ffn": sum(e.num_experts for e in common)}
 

@@ -94,9 +94,11 @@ def test_the_fingerprint_of_a_run(make_run):
 
 
 def test_the_fingerprint_of_the_data(make_run):
-    from modmoe.training.pretraining import _prepare_data
+    from modmoe.training.pretraining import prepare_run_data
 
-    one, other = (data_fingerprint(_prepare_data(make_run(change))) for change in ({}, {"tokenizer.vocab_size": 290}))
+    one, other = (
+        data_fingerprint(prepare_run_data(make_run(change))) for change in ({}, {"tokenizer.vocab_size": 290})
+    )
     assert one["training tokens of words"] != "0"
     assert one["vocabulary"] != other["vocabulary"]
 

@@ -19,7 +19,8 @@ from modmoe.training.checkpoints.consolidation import consolidate
 from modmoe.training.checkpoints.output_dir import claim_output_dir, save_run_file
 from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
-from modmoe.training.pretraining import parameter_counts, summary
+from modmoe.training.monitoring.throughput import parameter_counts
+from modmoe.training.pretraining import summary
 from modmoe.training.trainer import ModMoETrainer, deepspeed_config, training_arguments
 
 
@@ -178,7 +179,7 @@ def test_the_summary_says_what_matters(make_run):
     assert total == sum(p.numel() for p in trainer.model.parameters())
     experts = sum(p.numel() for n, p in trainer.model.named_parameters() if ".experts." in n)
     assert active == total - experts // 2
-    text = summary(run, trainer.model, trainer.data, {"precision": "fp32"})
+    text = summary(run, trainer.describe(trainer.model), trainer.data, {"precision": "fp32"})
     for part in (f"{total:,} parameters, {active:,} active", "6 steps of 64 tokens", "mi, coefficient 0.01", "fp32"):
         assert part in text
 

@@ -1,0 +1,104 @@
+"""What is measured with the whole teacher before pairs are trained: its principal directions, and the hybrids."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from modmoe.data import MixtureDataset, PreparedData, collate_packed
+from modmoe.distill.meta import HybridReport, evaluate_hybrids
+from modmoe.distill.stages import CutModel, Stage
+from modmoe.distill.stitch import principal_projection
+from modmoe.training.distillation.config import DistillRun
+from modmoe.training.distillation.places import Places
+from modmoe.training.distillation.student import PROJECTION
+from modmoe.training.errors import ConfigError, RunError
+from modmoe.training.trainer import device_type
+
+_PROJECTION_BLOCKS = 64
+Tensors = dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def write_projection(places: Places, data: PreparedData, width: int, batch_size: int) -> None:
+    """Find the student's width of principal directions in the teacher's boundaries on the first training blocks."""
+    teacher = CutModel.load(places.teacher).to(device_type())
+    states = (
+        boundary.flatten(0, 1)
+        for batch in _batches(_first(data.train), batch_size)
+        for boundary in teacher(**batch).boundaries
+    )
+    temporary = places.projection.with_suffix(".tmp")
+    save_file({PROJECTION: principal_projection(states, width).cpu()}, temporary)
+    temporary.rename(places.projection)
+
+
+def measure_hybrids(run: DistillRun, places: Places, data: PreparedData, stages: Iterable[Stage]) -> HybridReport:
+    """
+    Cross entropies on validation blocks of all domains, with the same number of each.
+
+    Raises:
+        ConfigError: if there is no validation text.
+    """
+    device = device_type()
+    meta = CutModel.load(places.meta).to(device)
+    batches = _batches(
+        _validation(data, run.distillation.hybrids.blocks_per_domain), run.optimization.micro_batch_size
+    )
+    try:
+        report = evaluate_hybrids(meta, (stage.to(device) for stage in stages), batches)
+    except ValueError as error:
+        raise ConfigError(f"distillation.hybrids: {error}; give at least one source validation text") from None
+    places.hybrids.write_text(json.dumps(dataclasses.asdict(report) | {"worse": report.worse}, indent=1))
+    return report
+
+
+def read_hybrids(places: Places) -> HybridReport | None:
+    """What was measured; None if nothing was."""
+    if not places.hybrids.is_file():
+        return None
+    content = json.loads(places.hybrids.read_text())
+    hybrids = {int(stage): value for stage, value in content["hybrids"].items()}
+    return HybridReport(content["num_tokens"], content["meta"], hybrids)
+
+
+def hybrid_table(report: HybridReport) -> str:
+    """One line per hybrid."""
+    lines = [f"cross entropy over {report.num_tokens:,} tokens", f"  meta model alone       {report.meta:.4f}"]
+    for stage, value in report.hybrids.items():
+        lines.append(f"  with teacher stage {stage:<3} {value:.4f}  ({value - report.meta:+.4f})")
+    return "\n".join(lines)
+
+
+def check_hybrids(report: HybridReport, force: bool) -> None:
+    """
+    Raises:
+        RunError: if a hybrid is worse than the meta model alone, unless forced.
+    """
+    try:
+        report.check(force)
+    except ValueError as error:
+        raise RunError(
+            f"{error} (distillation.meta.optimization, .layers_per_stage, .method, distillation.hybrids.force)"
+        ) from None
+
+
+def _first(train: Any) -> Iterator[Any]:
+    examples = (train[i] for i in range(len(train))) if isinstance(train, MixtureDataset) else iter(train)
+    return islice(examples, _PROJECTION_BLOCKS)
+
+
+def _validation(data: PreparedData, blocks: int) -> Iterator[Any]:
+    """Evenly over each domain's validation text."""
+    for domain in data.validation.values():
+        count = min(blocks, len(domain))
+        yield from (domain[i * len(domain) // count] for i in range(count))
+
+
+def _batches(examples: Iterator[Any], batch_size: int) -> Iterator[Tensors]:
+    while chunk := list(islice(examples, batch_size)):
+        yield {name: tensor.to(device_type()) for name, tensor in collate_packed(chunk).items()}

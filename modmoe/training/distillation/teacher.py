@@ -1,0 +1,194 @@
+"""The teacher, cut into stages that are saved one by one."""
+
+import hashlib
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from modmoe.data.tokenizer import existing_tokenizer
+from modmoe.distill.stages import cut, load_frame
+from modmoe.distill.student import check_same_tokenizer
+from modmoe.models import ModMoEConfig
+from modmoe.surgery.fingerprint import checkpoint_fingerprint
+from modmoe.training.distillation.config import DistillRun
+from modmoe.training.distillation.places import Places
+from modmoe.training.errors import ConfigError
+from modmoe.training.initialization import model_config
+
+_CUT = "cut.json"
+
+
+class CutTeacher(NamedTuple):
+    """What is known of the teacher without loading its stages."""
+
+    identity: str
+    """Changes with its weights and with the cut."""
+    student: ModMoEConfig
+    """Of the student that the run asks for, with the teacher's vocabulary."""
+    width: int
+    """Of the teacher's hidden states."""
+
+    @property
+    def needs_projection(self) -> bool:
+        """Whether hidden states of teacher and student differ in width."""
+        return self.width != self.student.hidden_size
+
+
+def cut_teacher(run: DistillRun, places: Places) -> None:
+    """
+    Cut the teacher and save its parts, with its tokenizer, unless they are there.
+
+    Raises:
+        ConfigError: if it cannot be loaded, cut, or teach this student; or if other parts are there.
+    """
+    if (places.teacher / _CUT).is_file():
+        if not run.overwrite_output:
+            _check_same(run, places)
+        if _difference(run, places) is None:
+            return
+    tokenizer = _tokenizer(run)
+    model = _load(run.teacher)
+    try:
+        parts = cut(model, run.distillation.stages.ranges or run.distillation.stages.count, _balance(run))
+    except ValueError as error:
+        raise ConfigError(f"distillation.stages: {error}") from None
+    temporary = places.teacher.with_name(".teacher.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    parts.save(temporary)
+    tokenizer.save_pretrained(temporary / places.frame.name)
+    content = {
+        "identity": _identity(temporary),
+        "teacher": run.teacher,
+        "source": _source(run.teacher),
+        "stages": _cut_settings(run),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "ranges": [(spec.start, spec.stop) for spec in parts.specs],
+    }
+    (temporary / _CUT).write_text(json.dumps(content, indent=2))
+    shutil.rmtree(places.teacher, ignore_errors=True)
+    temporary.rename(places.teacher)
+
+
+def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
+    """
+    What the run must know of the teacher that was cut; its stages need not be there.
+
+    Raises:
+        ConfigError: if nothing was cut, or for another run; or if it cannot teach this student.
+    """
+    if not (places.teacher / _CUT).is_file():
+        raise ConfigError(
+            f"{places.teacher} holds no teacher that was cut: run the same command without --stage first, or copy "
+            f"{places.teacher} and {places.meta} from where it ran"
+        )
+    _check_same(run, places)
+    frame = load_frame(places.frame)
+    size, asked = frame.config.get_text_config().vocab_size, run.model.get("vocab_size")
+    if asked not in (None, size):
+        raise ConfigError(
+            f"model.vocab_size={asked}, and the teacher predicts {size} tokens: logits are compared one by one, so "
+            "leave it out"
+        )
+    student = model_config(dict(run.model) | {"vocab_size": size}, existing_tokenizer(str(places.frame)))
+    width = frame.config.hidden_size
+    if student.hidden_size > width and run.distillation.pairs.stitch == "projection":
+        raise ConfigError(
+            f"model.hidden_size={student.hidden_size} is more than the teacher's {width}: stitches of kind "
+            "'projection' lead to a narrower student only; lower it, or set distillation.pairs.stitch to 'linear'"
+        )
+    objective = run.distillation.pairs.objective
+    heads = objective.relation_heads
+    if objective.relation_weight and (student.hidden_size % heads or width % heads):
+        raise ConfigError(
+            f"distillation.pairs.objective.relation_heads={heads} must divide the widths of teacher and student, "
+            f"{width} and {student.hidden_size}"
+        )
+    return CutTeacher(_saved(places)["identity"], student, width)
+
+
+def teacher_parameters(places: Places) -> int:
+    """Of the whole teacher."""
+    return int(_saved(places)["parameters"])
+
+
+def _tokenizer(run: DistillRun) -> PreTrainedTokenizerFast:
+    """
+    Raises:
+        ConfigError: if the run asks for another one than the teacher's.
+    """
+    try:
+        tokenizer = existing_tokenizer(run.teacher)
+        if run.tokenizer.name is None:
+            raise ValueError("the student reads with the teacher's tokenizer: remove the section 'tokenizer'")
+        if run.tokenizer.name != run.teacher:
+            check_same_tokenizer(tokenizer.get_vocab(), existing_tokenizer(run.tokenizer.name).get_vocab())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"tokenizer: {error}") from None
+    return tokenizer
+
+
+def _load(name: str) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(Path(name).expanduser()), dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"teacher: cannot load {name}: {error}") from None
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"teacher: a {type(model).__name__} takes no position_ids, so that it would read across the documents of "
+            "a block: choose another one"
+        )
+    return model.eval()
+
+
+def _balance(run: DistillRun) -> Any:
+    return run.distillation.stages.balance
+
+
+def _cut_settings(run: DistillRun) -> dict[str, Any]:
+    return run.distillation.stages.model_dump(mode="json", exclude={"student_ranges"})
+
+
+def _saved(places: Places) -> dict[str, Any]:
+    path = places.teacher / _CUT
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove {places.teacher}, and it is cut again") from None
+
+
+def _check_same(run: DistillRun, places: Places) -> None:
+    problem = _difference(run, places)
+    if problem is not None:
+        raise ConfigError(
+            f"{places.teacher} holds another teacher or cut ({problem}): choose another output_dir, or pass "
+            "--overwrite_output true"
+        )
+
+
+def _difference(run: DistillRun, places: Places) -> str | None:
+    saved, settings = _saved(places), _cut_settings(run)
+    for name, value in settings.items():
+        if saved["stages"].get(name) != value:
+            return f"distillation.stages.{name} is {saved['stages'].get(name)!r} there and {value!r} here"
+    source = _source(run.teacher)
+    # A machine that trains one pair does not have the whole teacher.
+    if source is not None and saved["source"] is not None and source != saved["source"]:
+        return f"the model in {run.teacher} has changed"
+    return None
+
+
+def _source(name: str) -> dict[str, str] | None:
+    directory = Path(name).expanduser()
+    return checkpoint_fingerprint(directory) if (directory / "config.json").is_file() else None
+
+
+def _identity(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for part in sorted(path for path in directory.iterdir() if path.is_dir()):
+        digest.update(json.dumps([part.name, checkpoint_fingerprint(part)]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,115 @@
+"""Processes at a time, what is shown of them, and how they end."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from modmoe.training.distillation.costs import cost_of, measured
+from modmoe.training.distillation.jobs import Jobs, ProgressView
+from modmoe.training.errors import RunError
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def jobs(tmp_path, code, limit=2, output=None):
+    """Processes that run Python code; `{stage}` in it is theirs."""
+    view = ProgressView([0, 1, 2], output or io.StringIO())
+
+    def command(stage):
+        return [sys.executable, "-S", "-c", code.replace("{stage}", str(stage))]
+
+    return Jobs(command, lambda stage: tmp_path / str(stage), limit, view)
+
+
+def test_no_more_run_at_a_time_than_allowed(tmp_path):
+    code = f"""
+import os, time
+here = {str(tmp_path)!r}
+open(here + '/running{{stage}}', 'w').close()
+time.sleep(0.3)
+n = len([f for f in os.listdir(here) if f.startswith('running')])
+os.remove(here + '/running{{stage}}')
+print(n)
+"""
+    assert jobs(tmp_path, code).run([0, 1, 2]) == 0
+    counts = [int((tmp_path / str(stage) / "log.txt").read_text()) for stage in (0, 1, 2)]
+    assert max(counts) == 2
+
+
+def test_a_process_that_fails_is_named_once_the_others_have_ended(tmp_path):
+    code = "import sys, time; {stage} == 1 or time.sleep(0.5); {stage} == 1 and sys.exit('error: no text left')"
+    with pytest.raises(RunError, match=r"stage 1 failed; stage 1: no text left \(exit code 1, .*1/log.txt"):
+        jobs(tmp_path, code).run([0, 1, 2])
+    assert all((tmp_path / str(stage) / "log.txt").is_file() for stage in (0, 1, 2))
+
+
+def test_a_signal_reaches_the_processes_and_starts_no_more(tmp_path):
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('', flush=True); time.sleep(30)"
+    )
+
+    def interrupt():
+        deadline = time.monotonic() + 20
+        while not all(
+            (tmp_path / str(s) / "log.txt").is_file() and (tmp_path / str(s) / "log.txt").read_text() for s in (0, 1)
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert jobs(tmp_path, code).run([0, 1, 2]) == 143
+    assert not (tmp_path / "2").exists()
+
+
+def test_each_process_is_a_team_of_its_own(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    assert jobs(tmp_path, code).run([0]) == 0
+    environment = json.loads((tmp_path / "0" / "log.txt").read_text())
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment.keys()
+    assert int(environment["OMP_NUM_THREADS"]) >= 1
+
+
+def test_a_terminal_shows_one_line_for_each_stage():
+    output = Terminal()
+    view = ProgressView([0, 1], output)
+    view.update(0, "step 1 of 9")
+    view.update(1, "starting")
+    view.update(1, "starting")
+    first, second = output.getvalue().split("\x1b[2F")
+    assert first == "\x1b[2Kstage 0: step 1 of 9\n\x1b[2Kstage 1: waiting\n"
+    assert second == "\x1b[2Kstage 0: step 1 of 9\n\x1b[2Kstage 1: starting\n"
+
+
+def test_elsewhere_steps_are_printed_now_and_then():
+    output = io.StringIO()
+    view = ProgressView([0], output)
+    for step in range(1, 50):
+        view.update(0, f"step {step} of 50")
+    view.update(0, "finished")
+    assert output.getvalue().splitlines() == ["stage 0: step 1 of 50", "stage 0: finished"]
+
+
+def test_costs_add_up_over_launches_however_they_end(tmp_path):
+    assert cost_of(tmp_path) == (0.0, 0.0)
+    with measured(tmp_path):
+        time.sleep(0.06)
+    with contextlib.suppress(RunError), measured(tmp_path):
+        time.sleep(0.06)
+        raise RunError("full disk")
+    cost = cost_of(tmp_path)
+    assert 0.1 < cost.wall_seconds < 10
+    assert cost.cpu_seconds < cost.wall_seconds

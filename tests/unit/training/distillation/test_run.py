@@ -1,0 +1,340 @@
+"""A whole distillation at toy size: results, what stays as it is, resuming, one stage alone, several at a time."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modmoe.distill.meta import HybridReport
+from modmoe.distill.stages import CutModel, Stage
+from modmoe.training.callbacks import Stop, read_metrics
+from modmoe.training.distillation import run as running
+from modmoe.training.distillation.places import Places
+from modmoe.training.distillation.run import distill
+from modmoe.training.distillation.trainer import JobTrainer
+from modmoe.training.errors import ConfigError, RunError
+from tests.unit.training.distillation.conftest import SCRIPT, VOCABULARY
+
+STAGES = (0, 1)
+
+
+def weights(output_dir: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(Places(output_dir).pair_run(stage) / "final" / "model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = sorted(directory.rglob("*.safetensors"))
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+# ---- All phases ----
+
+
+def test_the_student_is_a_directory_that_auto_classes_load(finished, teacher):
+    final = Places(finished).finetuning_run / "final"
+    student = AutoModelForCausalLM.from_pretrained(final)
+    assert student.config.model_type == "modmoe"
+    assert student.config.vocab_size == VOCABULARY
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(teacher).get_vocab()
+
+
+def test_the_assembled_student_has_the_weights_of_its_stages(finished):
+    whole = load_file(Places(finished).student / "model.safetensors")
+    first, last = (weights(finished, stage) for stage in STAGES)
+    assert whole["model.embed_tokens.weight"].equal(first["model.embed_tokens.weight"])
+    assert whole["lm_head.weight"].equal(last["lm_head.weight"])
+    for stage, own in enumerate((first, last)):
+        name = "mlp.experts.down_proj"
+        assert whole[f"model.layers.{stage}.{name}"].equal(own[f"model.layers.0.{name}"])
+
+
+def test_results_say_what_every_phase_cost_and_reached(finished):
+    results = json.loads(Places(finished).results.read_text())
+    assert list(results["phases"]) == ["meta model", "stage 0", "stage 1", "end to end"]
+    step = 4 * 16
+    assert [entry["tokens"] for entry in results["phases"].values()] == [3 * step, 4 * step, 4 * step, 4 * step]
+    assert results["student_tokens"] == 8 * step
+    assert all(entry["wall_seconds"] > 0 and entry["cpu_seconds"] > 0 for entry in results["phases"].values())
+    assert all(3 < entry["validation"]["words"] < 8 for entry in results["phases"].values())
+    assert [point["tokens"] for point in results["curve"]] == [0, 2 * step, 4 * step]
+    assert set(results["hybrids"]["with_teacher_stage"]) == {"0", "1"}
+
+
+def test_every_phase_leaves_metrics_and_its_losses(finished):
+    records = [r for r in read_metrics(Places(finished).pair_run(0) / "metrics.jsonl") if "loss" in r]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        parts = 0.5 * record["cross_entropy"] + 0.5 * record["distillation/kl"] + 0.01 * record["aux/router"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+        assert record["router/ffn/max_violation"] >= 0
+    records = [r for r in read_metrics(Places(finished).meta_run / "metrics.jsonl") if "loss" in r]
+    for record in records:
+        assert record["loss"] == pytest.approx(
+            record["distillation/kl"] + 10 * record["distillation/hidden"], rel=1e-5
+        )
+
+
+def test_what_is_done_is_not_done_again(finished, make, caplog):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    with caplog.at_level("INFO"):
+        assert distill(make(finished), SCRIPT) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+    assert [record.message.partition(":")[0] for record in caplog.records if "done already" in record.message] == [
+        "meta model",
+        "stage 0",
+        "stage 1",
+        "end to end",
+    ]
+
+
+# ---- One stage alone ----
+
+
+def test_a_stage_trains_where_the_rest_of_the_teacher_never_was(unfinished, finished, make, monkeypatch):
+    """Nor the teacher's own directory; weights are those of the run that had everything."""
+    shutil.rmtree(Places(unfinished).teacher_stage(1))
+    trained = []
+    finish = JobTrainer.save_final
+    monkeypatch.setattr(JobTrainer, "save_final", lambda self, path: trained.append(self.model) or finish(self, path))
+    before = digests(unfinished)
+    run = make(unfinished, {"teacher": "nowhere", "tokenizer": {"name": "nowhere"}, "stage": 0})
+    assert distill(run, SCRIPT) == 0
+    assert_same(weights(unfinished, 0), weights(finished, 0))
+    assert before.items() <= digests(unfinished).items()
+    # Teacher and meta model are what they were, in memory too; gradient went through the latter's end.
+    (job,) = trained
+    meta, stage = CutModel.load(Places(unfinished).meta), Stage.load(Places(unfinished).teacher_stage(0))
+    assert_same(dict(job.task.frozen.meta.named_parameters()), dict(meta.named_parameters()))
+    assert_same(dict(job.task.frozen.teacher_net.stages[0].named_parameters()), dict(stage.named_parameters()))
+
+
+def test_a_stage_needs_what_the_phases_before_it_leave(unfinished, make, tmp_path):
+    with pytest.raises(ConfigError, match="holds no teacher that was cut: run the same command without --stage first"):
+        distill(make(tmp_path / "empty", {"stage": 0}), SCRIPT)
+    shutil.rmtree(Places(unfinished).teacher_stage(1))
+    with pytest.raises(ConfigError, match="stage 1: .*stage_01 holds no stage"):
+        distill(make(unfinished, {"stage": 1}), SCRIPT)
+    Places(unfinished).hybrids.unlink()
+    with pytest.raises(ConfigError, match=r"hybrids\.json is missing: run the same command without --stage first"):
+        distill(make(unfinished, {"stage": 0}), SCRIPT)
+
+
+def test_an_interrupted_stage_goes_on_where_it_stopped(unfinished, finished, make, monkeypatch):
+    run = make(unfinished, {"stage": 0})
+    agree = Stop._agree
+
+    def interrupted(stop: Stop) -> None:
+        stop._requested = 143
+        agree(stop)
+
+    monkeypatch.setattr(Stop, "_agree", interrupted)
+    assert distill(run, SCRIPT) == 143
+    monkeypatch.undo()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert not (Places(unfinished).pair_run(0) / "final").exists()
+    assert distill(run, SCRIPT) == 0
+    assert_same(weights(unfinished, 0), weights(finished, 0))
+    steps = [r["step"] for r in read_metrics(Places(unfinished).pair_run(0) / "metrics.jsonl") if "loss" in r]
+    assert steps == [1, 2, 3, 4]
+
+
+# ---- Several at a time ----
+
+
+def test_stages_trained_in_parallel_are_those_trained_one_after_another(finished, make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # arithmetic depends on their number
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    out = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("stages"))
+    monkeypatch.setattr(running, "Jobs", _at_once(running.Jobs))
+    assert distill(make(out, {"jobs": 2}), SCRIPT) == 0
+    for stage in STAGES:
+        assert_same(weights(out, stage), weights(finished, stage))
+    printed = capsys.readouterr().out
+    for stage in STAGES:
+        assert f"stage {stage}: starting\n" in printed
+        assert f"stage {stage}: finished\n" in printed
+        assert "4 steps of 64 tokens" in (Places(out).pair_run(stage) / "log.txt").read_text()
+
+
+def _at_once(jobs):
+    """Makes sure that both were running at some time."""
+
+    class Watched(jobs):
+        def run(self, stages):
+            seen = []
+            start = self._start
+            self._start = lambda stage: (start(stage), seen.append(len(self._running)))
+            code = super().run(stages)
+            assert max(seen) == 2
+            return code
+
+    return Watched
+
+
+# ---- Other ways ----
+
+
+def test_cached_signals_teach_what_the_teacher_teaches(unfinished, finished, make):
+    """With the whole vocabulary, and with blocks that come again in a later epoch."""
+    losses = []
+    for cache in (False, True):
+        out = shutil.copytree(unfinished, unfinished.with_name(f"cache-{cache}"))
+        objective = {"hidden_weight": 1.0, "relation_weight": 1.0, "relation_heads": 2}
+        changes = {"stage": 1, "distillation.pairs.objective": objective}
+        changes["distillation.pairs.signals"] = {"cache": cache, "top_k": VOCABULARY}
+        changes |= {"distillation.pairs.optimization": {"steps": 16}, "data.sources.0.max_bytes": 1500}
+        assert distill(make(out, changes), SCRIPT) == 0
+        losses.append([r["loss"] for r in read_metrics(Places(out).pair_run(1) / "metrics.jsonl") if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    content = json.loads((Places(out).pair_run(1) / "signals" / "cache.json").read_text())
+    assert content["ends"][-1] < 16 * 4
+
+
+def test_incubated_stages_teach(make, tmp_path):
+    changes = {"distillation.meta.method": "incubate", "distillation.pairs.stitch": "linear", "optimization.steps": 1}
+    changes |= {"distillation.initialization.ffn": "fresh", "distillation.meta.optimization": {}}
+    assert distill(make(tmp_path / "out", changes), SCRIPT) == 0
+    places = Places(tmp_path / "out")
+    before = load_file(places.teacher_stage(0) / "model.safetensors")
+    after = load_file(places.incubation_run(0) / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(tensor.equal(after[name]) for name, tensor in before.items() if tensor.ndim > 1)
+    assert not places.projection.exists()
+    assert list(json.loads(places.results.read_text())["phases"])[:3] == [
+        "meta model",
+        "teacher stage 0",
+        "teacher stage 1",
+    ]
+
+
+def test_baselines_start_as_they_say(make, tmp_path):
+    """ "upcycle" as the pairs do, the others fresh; all with the same steps on the same text."""
+    starts = {}
+    for method in ("scratch", "logit_kd", "upcycle"):
+        out = tmp_path / method
+        assert distill(make(out, {"distillation.method": method, "optimization.steps": 2}), SCRIPT) == 0
+        starts[method] = load_file(Places(out).student / "model.safetensors")
+        results = json.loads(Places(out).results.read_text())
+        assert (list(results["phases"]), results["tokens"]) == (["end to end"], 2 * 4 * 16)
+        records = read_metrics(Places(out).finetuning_run / "metrics.jsonl")
+        assert any("distillation/kl" in record for record in records) == (method == "logit_kd")
+        assert not (out / "meta").exists()
+    assert_same(starts["scratch"], starts["logit_kd"])
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert not starts["scratch"][name].equal(starts["upcycle"][name])
+    attention = "model.layers.1.self_attn.experts.q_proj.weight"
+    assert starts["scratch"][attention].equal(starts["upcycle"][attention])
+
+
+# ---- Mistakes ----
+
+
+def test_hybrids_that_are_worse_are_refused_unless_forced(unfinished, make, monkeypatch):
+    report = HybridReport(100, 3.0, {0: 2.9, 1: 3.2})
+    monkeypatch.setattr(running, "read_hybrids", lambda places: report)
+    for stage in (None, 0):
+        with pytest.raises(RunError, match=r"worse inside the meta model .* \(cross entropy 3.0000 .*stage 1: 3.2000"):
+            distill(make(unfinished, {"stage": stage, "distillation.hybrids.force": False}), SCRIPT)
+    assert not Places(unfinished).pair_run(0).exists()
+
+
+def test_a_missing_stage_is_named_at_assembly(finished, make, tmp_path, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("student", "finetuned"))
+    shutil.rmtree(Places(out).pair_run(1) / "final")
+    monkeypatch.setattr(running.Distillation, "_pair", lambda *_: 0)
+    with pytest.raises(ConfigError, match="cannot assemble the student: .*stages/1/final holds no stage"):
+        distill(make(out), SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"distillation.pairs.objective.alpha": 0.2},
+            r"stages/0 holds checkpoints .*pairs.objective.alpha is 0.5 there",
+        ),
+        ({"distillation.meta.replace": 0.1}, r"out/meta holds checkpoints .*distillation.meta.replace is 0.5 there"),
+        ({"distillation.stages.balance": "parameters"}, "another teacher or cut .*balance is 'blocks' there"),
+        ({"optimization.steps": 5}, r"out/meta|stages/0 holds .*optimization.steps is 4 there and 5 here"),
+    ],
+)
+def test_another_distillation_in_the_same_directory_is_refused(finished, make, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        distill(make(finished, changes), SCRIPT)
+
+
+def test_overwriting_does_again_what_has_changed_and_what_rests_on_it(finished, make, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = digests(out)
+    changes = {"distillation.pairs.objective.alpha": 0.2, "overwrite_output": True, "evaluation.interval": 0}
+    assert distill(make(out, changes), SCRIPT) == 0
+    after = digests(out)
+    changed = {name.split("/")[0] for name in before if after.get(name) != before[name]}
+    assert changed == {"stages", "student", "finetuned"}
+    assert after["stages/0/final/stitches.safetensors"] == before["stages/0/final/stitches.safetensors"]
+
+
+def test_another_teacher_in_the_same_directory_is_refused(finished, make, teacher, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(ConfigError, match=r"another teacher or cut \(the model in .*other has changed\)"):
+        distill(make(finished, {"teacher": str(other)}), SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "no/where/at/all"}, "tokenizer: .*no/where/at/all"),
+        ({"distillation.stages.count": 5, "model.num_hidden_layers": 5}, "distillation.stages: num_stages=5 must be "),
+        ({"distillation.stages.ranges": [[0, 1], [2, 4]]}, "distillation.stages: stage 1 is the range 2..4"),
+        (
+            {"model.hidden_size": 32},
+            "model.hidden_size=32 is more than the teacher's 16: stitches of kind 'projection'",
+        ),
+        ({"model.vocab_size": 300}, "model.vocab_size=300, and the teacher predicts 280 tokens"),
+        ({"tokenizer": {"vocab_size": 290}}, "reads with the teacher's tokenizer: remove the section 'tokenizer'"),
+        ({"distillation.meta.layers_per_stage": 3}, "distillation.meta: layers_per_stage=3 must be between 1 and"),
+        (
+            {"distillation.initialization.ffn": "copy"},
+            "distillation.initialization: ffn='copy' makes of the teacher's",
+        ),
+        (
+            {"distillation.pairs.objective": {"relation_weight": 1.0, "relation_heads": 3}},
+            "relation_heads=3 must divide the widths of teacher and student, 16 and 8",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_teacher_is_refused(make, tmp_path, changes, message):
+    changes = {"distillation.meta.optimization": {"steps": 1}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        distill(make(tmp_path / "out", changes), SCRIPT)
+
+
+def test_another_tokenizer_is_refused(make, tmp_path, teacher):
+    other = shutil.copytree(teacher, tmp_path / "tokenizer")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="different tokenizers: 2 tokens differ"):
+        distill(make(tmp_path / "out", {"tokenizer": {"name": str(other)}}), SCRIPT)
+
+
+def test_a_cache_that_would_be_too_large_is_refused_before_it_is_written(unfinished, make):
+    signals = {"cache": True, "top_k": 16, "max_bytes": 1000}
+    with pytest.raises(ConfigError, match="16 blocks of 16 tokens need .* bytes, and max_bytes=1,000: raise it"):
+        distill(make(unfinished, {"stage": 1, "distillation.pairs.signals": signals}), SCRIPT)
