@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from modmoe.layers.added_experts import own_choices
 from modmoe.layers.experts import AttentionExperts
+from modmoe.layers.router import RouterOutput
 from modmoe.ops import dispatch_plan
 
 # What `use_experts_implementation` of transformers sets on the modules it decorates.
@@ -22,7 +24,7 @@ _DECORATED = ("has_gate", "has_bias", "is_transposed")
 _ROUTER_NAMES = ("gate", "router")
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
-"""Number of the routed module, logits (N, E), chosen experts (N, K), gates (N, K), norms of outputs (N, K)."""
+"""Number of the routed module, logits (N, E), chosen experts (N, K), E for none, gates (N, K), norms of outputs (N, K)."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ def observing(modules: Sequence[RoutedModule], observer: Observer) -> Iterator[N
 
 
 def _watch_ffn(module: RoutedModule, number: int, observer: Observer) -> list[RemovableHandle]:
-    logits: list[Tensor] = []
+    routings: list[Any] = []
 
     def after_router(_: nn.Module, __: Any, output: Any) -> None:
-        logits[:] = [(output[0] if isinstance(output, tuple) else output).flatten(0, -2)]
+        routings[:] = [output]
 
     def after_experts(experts: nn.Module, arguments: tuple, keywords: dict[str, Any], _: Any) -> None:
         names = ("hidden_states", "top_k_index", "top_k_weights")
@@ -118,7 +120,12 @@ def _watch_ffn(module: RoutedModule, number: int, observer: Observer) -> list[Re
         # calling the module would call this hook again.
         one = torch.ones_like(gates[:, :1])
         norms = [_norm(experts.forward(hidden_states, slot, one)) for slot in _slots(index)]
-        observer(number, logits.pop(), index, gates, torch.stack(norms, dim=-1))
+        routing = routings.pop()
+        if isinstance(routing, RouterOutput):  # what the experts are given may have another expert in place of none
+            logits, index, gates = _own(routing, module.num_experts)
+        else:
+            logits = (routing[0] if isinstance(routing, tuple) else routing).flatten(0, -2)
+        observer(number, logits, index, gates, torch.stack(norms, dim=-1))
 
     return [
         module.router.register_forward_hook(after_router),
@@ -133,14 +140,14 @@ def _watch_attention(module: RoutedModule, number: int, observer: Observer) -> l
         routings[:] = [output]
 
     def after_projection(projection: nn.Module, arguments: tuple, _: Any) -> None:
-        routing = routings.pop()
-        heads = arguments[0].unflatten(0, routing.top_k_index.shape)
+        logits, index, gates = _own(routings.pop(), module.num_experts)
+        heads = arguments[0].unflatten(0, index.shape)
         norms = []
-        for slot, index in enumerate(_slots(routing.top_k_index)):
-            plan = dispatch_plan(index, module.num_experts)
-            rows = projection.forward(heads[:, slot], plan, top_k=1, source="token", target="pair")
-            norms.append(_norm(rows))
-        observer(number, routing.logits, routing.top_k_index, routing.top_k_weights, torch.stack(norms, dim=-1))
+        for rows, slot in zip(heads.unbind(1), _slots(index), strict=True):
+            plan = dispatch_plan(slot, module.num_experts)
+            outputs = projection.forward(rows, plan, top_k=1, source="token", target="pair")
+            norms.append(_norm(outputs))
+        observer(number, logits, index, gates, torch.stack(norms, dim=-1))
 
     projection = module.experts.o_proj
     assert isinstance(projection, nn.Module)
@@ -148,6 +155,11 @@ def _watch_attention(module: RoutedModule, number: int, observer: Observer) -> l
         module.router.register_forward_hook(after_router),
         projection.register_forward_hook(after_projection),
     ]
+
+
+def _own(routing: RouterOutput, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, choices and gates without the experts that an extension put into the same router."""
+    return routing.logits[:, :num_experts], own_choices(routing.top_k_index, 0, num_experts), routing.top_k_weights
 
 
 def _slots(index: Tensor) -> list[Tensor]:

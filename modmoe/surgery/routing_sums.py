@@ -46,7 +46,7 @@ class RoutingSums:
         """
         Args:
             logits: (N, E), of the router before its softmax.
-            top_k_index: (N, K) int64, the chosen experts, all different; of a masked token anything from 0 to E.
+            top_k_index: (N, K) int64, the chosen experts, all different, E for none; of a masked token anything.
             top_k_weights: (N, K), the gates that the model used.
             output_norms: (N, K), norm of each chosen expert's output.
             token_mask: (N,) bool, the routed tokens; None is all.
@@ -54,8 +54,8 @@ class RoutingSums:
         num_tokens, num_experts = logits.shape
         real = torch.ones(num_tokens, dtype=torch.bool, device=logits.device) if token_mask is None else token_mask
         weights, norms = top_k_weights.double(), output_norms.double()
-        # Masked tokens write to a column of their own. No two slots of a token share a column, so nothing is added up
-        # here, and the result does not depend on an order of additions.
+        # Masked tokens and slots without an expert write to a column of their own, which is cut off. In the others no
+        # two slots of a token meet, so nothing is added up here, and no result depends on an order of additions.
         index = top_k_index.masked_fill(~real[:, None], num_experts)
 
         def by_expert(values: Tensor) -> Tensor:

@@ -283,6 +283,20 @@ def test_usage_is_measured_on_the_models_own_routers(saved, tmp_path):
     assert [module.num_experts for module in find_routed_modules(model)] == [4, 6, 4, 6]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["modmoe", "grouped_mm"])
+def test_usage_leaves_out_experts_in_common_routers(saved, tmp_path, ids, implementation):
+    add_extension(saved(), tmp_path / "out", COMMON, init="random")
+    model = ModMoEForCausalLM.from_pretrained(tmp_path / "out", experts_implementation=implementation)
+    outputs = model.model(ids, output_router_logits=True)
+    expected = zip(outputs.attn_router_indices, outputs.router_indices, strict=True)
+    chosen = [index for layer in expected for index in layer]
+    for router, index in zip(measure_usage(model, {"text": [{"input_ids": ids}]}).routers, chosen, strict=True):
+        assert (index >= router.num_experts).any(), "nobody chose a new expert"
+        assert router.on().assignments.equal(index.flatten().bincount()[: router.num_experts])
+        assert router.num_experts == {"attn": 4, "ffn": 6}[router.side]
+
+
 def test_other_classes_are_extended(saved, tmp_path, ids):
     model = ModMoEForCausalLM.from_pretrained(saved())
     model.model.save_pretrained(tmp_path / "headless")
