@@ -397,7 +397,8 @@ class WithRouterLosses(ModMoEPreTrainedModel):
             if not router.weight.requires_grad:
                 continue
             load = load.to(router.selection_bias)
-            router.selection_bias += self.config.selection_bias_update_rate * (load.mean() - load).sign()
+            mean = load.sum() / router.selection_bias.isfinite().sum()  # over experts that are in use
+            router.selection_bias += self.config.selection_bias_update_rate * (mean - load).sign()
 
 
 class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):

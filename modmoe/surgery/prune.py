@@ -20,7 +20,7 @@ from torch import Tensor
 from modmoe.models import ModMoEConfig
 from modmoe.models.safetensors_stream import MAX_SHARD_BYTES, TensorSpec, WeightsWriter
 from modmoe.surgery.expert_tensors import ExpertCheckpoint, ExpertPool
-from modmoe.surgery.model_directory import check_place
+from modmoe.surgery.model_directory import check_place, native_config
 from modmoe.surgery.prune_plan import Place, Scope, plan_pruning
 from modmoe.surgery.usage import UsageReport
 
@@ -76,6 +76,12 @@ class Pruning:
         if self.denominator not in get_args(Denominator):
             raise ValueError(f"denominator {self.denominator!r} is not one of {', '.join(get_args(Denominator))}")
         if self.checkpoint.is_native:
+            try:
+                native_config(self.fields)
+            except ValueError as error:
+                raise ValueError(
+                    f"what is left would be no model ({error}): keep more experts, or use denominator 'keep'"
+                ) from None
             return
         kind = self.checkpoint.config.model_type
         counts = sorted({len(pool.experts) for pool in self.pools.values()})

@@ -18,8 +18,9 @@ def retire(router: Router, experts: Iterable[int], denominator: Literal["keep", 
     """
     Make a router choose among its other experts alone, from now on, and those not even as a last resort.
 
-    Gates, choices and losses are those of a model from which the experts were removed. The choice goes by a selection
-    bias of minus infinity, which no balancing moves.
+    Gates, choices and losses are those of a model from which the experts were removed; but the Switch loss has a
+    factor E, in which these still count. The choice goes by a selection bias of minus infinity, which no balancing
+    moves.
 
     Args:
         router: of a native model.

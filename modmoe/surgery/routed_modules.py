@@ -24,7 +24,9 @@ _DECORATED = ("has_gate", "has_bias", "is_transposed")
 _ROUTER_NAMES = ("gate", "router")
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
-"""Number of the routed module, logits (N, E), chosen experts (N, K), E for none, gates (N, K), norms of outputs (N, K)."""
+"""
+Number of the routed module, logits (N, E), chosen experts (N, K), E for none, gates (N, K), norms of outputs (N, K).
+"""
 
 
 @dataclass(frozen=True)

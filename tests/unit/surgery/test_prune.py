@@ -352,6 +352,19 @@ def test_the_table_says_what_goes(tmp_path):
     assert [line.split(":")[0] for line in lines[6:]] == ["parameters", "bytes", "operations per token"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [("group", {(0, "attn"): [1], (0, "ffn"): [0], (1, "attn"): [0], (1, "ffn"): [2]}), ("common", {(0, "ffn"): [3]})],
+)
+def test_an_extension_keeps_the_router_that_it_needs(tmp_path, ids, mode, kept):
+    extension = {"name": "new", "num_experts": 2, "mode": mode}
+    checkpoint = ExpertCheckpoint(save(tmp_path / "model", extensions=[extension]))
+    with pytest.raises(ValueError, match=r"what is left would be no model \(extension 'new' .*dense.*keep more experts"):
+        Pruning(checkpoint, kept)
+    Pruning(checkpoint, kept, "keep").write(tmp_path / "out")
+    assert logits(load(tmp_path / "out"), ids).isfinite().all()
+
+
 def test_no_half_of_a_directory_is_left(tmp_path, monkeypatch):
     source = save(tmp_path / "a")
 

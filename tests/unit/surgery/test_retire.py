@@ -56,10 +56,11 @@ def removed(model, gone, denominator, tmp_path):
         {},
         {"norm_topk_prob": True},
         {"router_aux_loss_type": "concentration", "router_type": "linear"},
+        {"unit_gates": True},
         {"use_selection_bias": True},
         {"num_experts_per_tok": 4},  # more than are left
     ],
-    ids=["plain", "renormalised", "concentration", "biased", "few left"],
+    ids=["plain", "renormalised", "concentration", "unit gates", "biased", "few left"],
 )
 def test_logits_loss_and_gradients_are_those_of_the_pruned_model(tmp_path, denominator, fields):
     model = make(**fields)
@@ -79,6 +80,20 @@ def test_logits_loss_and_gradients_are_those_of_the_pruned_model(tmp_path, denom
         if side == "ffn":
             assert not model.model.layers[layer].mlp.experts.down_proj.grad[gone].any()
             assert not outputs[0].tokens_per_expert[layer][gone].any()
+
+
+def test_balancing_is_among_those_that_are_left(tmp_path):
+    gone = {(0, "ffn"): [0, 3]}
+    model = make(use_selection_bias=True)
+    pruned = removed(model, gone, "drop", tmp_path)
+    retire_all(model, gone, "drop")
+    others = [torch.ones(5)], [torch.ones(4)] * 2
+    # Of ten choices, three are fewer than one of three experts should get, and more than one of five.
+    model.update_selection_bias([torch.tensor([0.0, 5, 3, 0, 2]), *others[0]], others[1])
+    pruned.update_selection_bias([torch.tensor([5.0, 3, 2]), *others[0]], others[1])
+    bias = pruned.model.layers[0].mlp.gate.selection_bias
+    assert bias.sign().tolist() == [-1, 1, 1]
+    assert model.model.layers[0].mlp.gate.selection_bias[[1, 2, 4]].equal(bias)
 
 
 def test_more_may_go_later(tmp_path):
