@@ -70,6 +70,7 @@ class Recovery(TrainerCallback):
         try:
             modules = find_routed_modules(model)
             self._pools: dict[Place, RoutedModule] = {(m.layer, m.side): m for m in modules}
+            self._check_sampling()
             if report is not None:
                 self._scores(report)
         except ValueError as error:
@@ -113,7 +114,7 @@ class Recovery(TrainerCallback):
             unpruned: the model with all of them.
             directory: an existing one, which is given the files.
         """
-        if self._number_left > sum(math.ceil(self._section.keep * m.num_experts - 1e-9) for m in self._pools.values()):
+        if self._number_left > sum(map(self._target, self._pools.values())):
             logger.warning("the run has ended before its last pruning: %.0f %% of the experts stay", 100 * self.share)
         pruning = Pruning(ExpertCheckpoint(unpruned), self.kept, self._section.denominator)
         for warning in pruning.warnings:
@@ -123,6 +124,24 @@ class Recovery(TrainerCallback):
         for file in scratch.iterdir():
             os.replace(file, directory / file.name)
         shutil.rmtree(scratch)
+
+    def _check_sampling(self) -> None:
+        """
+        Raises:
+            ValueError: if a router will have fewer experts than it draws from.
+        """
+        for (layer, side), module in self._pools.items():
+            router = cast(Router, module.router)
+            left = 1 if self._section.scope == "global" else self._target(module)
+            if router.sample_top_k and left < router.top_k:
+                raise ValueError(
+                    f"sample_topk={router.sample_top_k} of the model draws from {router.top_k} {side} experts, and keep="
+                    f"{self._section.keep} may leave {left} in layer {layer}: set sample_topk to 0 in its config.json"
+                )
+
+    def _target(self, module: RoutedModule) -> int:
+        """Experts of a pool that stay in the end."""
+        return math.ceil(self._section.keep * module.num_experts - 1e-9)
 
     def _prune(self, step: int) -> None:
         scores = self._scores(self._report or self._measure(step))
