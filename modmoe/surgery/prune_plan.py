@@ -94,7 +94,7 @@ def _best_of_all(pools: Mapping[Place, Tensor], count: int) -> dict[Place, list[
         for expert, score in enumerate(s.tolist())
         if expert not in plan[place]
     ]
-    for _, place, expert in sorted(others)[: count - len(plan)]:
+    for _, place, expert in sorted(others)[: max(0, count - len(plan))]:
         plan[place].append(expert)
     return {place: sorted(experts) for place, experts in plan.items()}
 

@@ -29,6 +29,7 @@ TWO = scores(ffn0=[0.1, 0.4, 0.2, 0.3], ffn1=[0.25, 0.25, 0.0, 0.5])
         ({"keep": 0.5, "scope": "global"}, [[1, 3], [0, 3]]),
         ({"keep": 0.75, "scope": "global"}, [[1, 2, 3], [0, 1, 3]]),
         ({"keep_experts": 1, "scope": "global"}, [[1], [3]]),
+        ({"keep": 0.1, "scope": "global"}, [[1], [3]]),  # one of eight would be enough
     ],
 )
 def test_the_best_stay(wish, expected):
