@@ -10,7 +10,6 @@ the same logits; OUT appears only when all of that held.
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,15 +21,7 @@ from safetensors.torch import save_file
 import modmoe  # noqa: F401  (registers the model types)
 from modmoe import ModMoEForCausalLM
 from modmoe.models.moduleformer import ModuleFormerConfig, ModuleFormerForCausalLM
-
-COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
+from modmoe.surgery.model_directory import copy_tokenizer, new_directory
 
 
 def main() -> int:
@@ -55,32 +46,25 @@ def convert(source: Path, target: Path) -> str:
 
     Raises:
         ValueError: not a ModuleFormer checkpoint, damaged, incomplete, or with tensors that have no place.
-        FileExistsError: `target` exists.
+        FileExistsError: `target` is in use.
     """
-    check_paths(source, target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+    check_source(source)
+    with new_directory(target, source) as written, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = with_safetensors(source, Path(scratch) / "source")
         model = ModuleFormerForCausalLM.from_pretrained(folder, dtype="auto")
-        written = Path(scratch) / "native"
+        copy_tokenizer(source, written)
         model.save_pretrained(written)
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                shutil.copy2(file, written / file.name)
         check_same(model, ModMoEForCausalLM.from_pretrained(written, dtype="auto"))
-        os.replace(written, target)
     parameters = sum(p.numel() for p in model.parameters())
     return f"{target}: {len(model.state_dict())} tensors, {parameters / 1e6:.1f} M parameters, {model.dtype}"
 
 
-def check_paths(source: Path, target: Path) -> None:
+def check_source(source: Path) -> None:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: give the directory of a ModuleFormer checkpoint")
     model_type = json.loads((source / "config.json").read_text()).get("model_type")
     if model_type != ModuleFormerConfig.model_type:
         raise ValueError(f"{source} has model_type {model_type!r}; this tool converts 'moduleformer'")
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a new directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
 
 
 def with_safetensors(source: Path, scratch: Path) -> Path:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import modmoe
 from modmoe.surgery.expert_tensors import ExpertCheckpoint
-from modmoe.surgery.prune import check_output, choose_pruning
+from modmoe.surgery.model_directory import check_new
+from modmoe.surgery.prune import choose_pruning
 from modmoe.surgery.prune_table import markdown, table
 from modmoe.surgery.usage import METRICS, UsageReport
 
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         if options.out is not None:
-            check_output(options.out, options.model)
+            check_new(options.out, options.model)
         pruning = choose_pruning(
             ExpertCheckpoint(options.model),
             UsageReport.load(options.usage),

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
 from modmoe.models.configuration_modmoe import ModMoEConfig
+from modmoe.models.safetensors_stream import pickled_files
 
 # Keywords of `from_pretrained` that are most often meant, besides the fields of the config.
 _LOADING_KEYWORDS = ("attn_implementation", "experts_implementation", "device_map", "dtype", "revision", "token")
@@ -87,7 +88,7 @@ def _refuse_pickles(where: Any) -> None:
     folder = Path(where) if isinstance(where, str | Path) else None
     if folder is None or not folder.is_dir() or any(folder.glob("model*.safetensors")):
         return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    pickles = pickled_files(folder)
     if pickles:
         raise ValueError(
             f"{folder} holds pickled weights ({pickles[0]}), which can run code when read: only safetensors are "

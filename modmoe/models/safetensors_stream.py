@@ -258,12 +258,17 @@ def weight_files(directory: Path) -> list[Path]:
             )
         return [directory / name for name in names]
     if not (directory / WEIGHTS).is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+        pickles = pickled_files(directory)
         found = f", only pickled weights ({pickles[0]}), which can run code when read" if pickles else ""
         raise FileNotFoundError(
             f"{directory} has neither {WEIGHTS} nor {WEIGHTS_INDEX}{found}: save the model as safetensors"
         )
     return [directory / WEIGHTS]
+
+
+def pickled_files(directory: Path) -> list[str]:
+    """Names of files that torch.save may have written."""
+    return sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
 
 
 def open_safetensors(path: Path) -> Any:

@@ -3,16 +3,16 @@
 Letters: E experts of a pool, R rows of its router: E, and those of pruned experts that stay in the softmax.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from modmoe.models import ModMoEConfig
 from modmoe.models.safetensors_stream import SavedWeights
+from modmoe.surgery.model_directory import read_config
 from modmoe.surgery.prune_plan import Place
 
 # Models of transformers whose experts can be removed. Expert by expert on the disk, FFN experts alone.
@@ -69,7 +69,7 @@ class ExpertCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.fields = _read_config(directory)
+        self.fields = read_config(directory)
         kind = self.fields.get("model_type")
         if kind == "moduleformer":
             raise ValueError(
@@ -128,16 +128,3 @@ class ExpertCheckpoint:
                 f"the weights in {self.directory} do not match the config, which says {pool.num_experts} experts in "
                 f"{pool.module}: copy or save the checkpoint again"
             )
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json: give the directory of a saved model")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or save the checkpoint again") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds no object of fields: copy or save the checkpoint again")
-    return fields

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from modmoe.models.safetensors_stream import weight_files
+from modmoe.surgery.model_directory import read_config
 
 # Fields of config.json that say who wrote it and where it lay.
 _INCIDENTAL = {"transformers_version", "_name_or_path"}
@@ -33,10 +34,10 @@ def checkpoint_fingerprint(directory: Path) -> dict[str, str]:
         "config", "tensors" and "weights" -> SHA-256 in hexadecimal.
 
     Raises:
-        FileNotFoundError: no such directory, no config.json, or a shard is missing.
-        ValueError: no safetensors but pickled weights, or a damaged file.
+        FileNotFoundError: no such directory, no config.json, no safetensors, or a shard is missing.
+        ValueError: a damaged file.
     """
-    fields = {name: value for name, value in _read_config(directory).items() if name not in _INCIDENTAL}
+    fields = {name: value for name, value in read_config(directory).items() if name not in _INCIDENTAL}
     tensors, weights = hashlib.sha256(), hashlib.sha256()
     places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in weight_files(directory):
@@ -63,21 +64,6 @@ def checkpoint_identity(directory: Path) -> dict[str, Any]:
 def difference(expected: dict[str, str], found: dict[str, str]) -> str | None:
     """What differs between two fingerprints, in words; None if nothing does."""
     return next((meaning for part, meaning in _MEANINGS.items() if expected.get(part) != found.get(part)), None)
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a directory: give one with config.json and model*.safetensors")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json: give the directory of a saved model")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy or save the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no object of fields: copy or save the checkpoint again")
-    return config
 
 
 def _read_header(file: Path) -> tuple[int, dict[str, Any]]:

@@ -18,7 +18,8 @@ from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWr
 
 _CONFIG = "config.json"
 # Weights in any form, and the state of a training run.
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
 class ModelDirectory:
@@ -39,7 +40,7 @@ class ModelDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fields = read_json(path / _CONFIG, "give the directory of a saved model")
+        self.fields = read_config(path)
         kind = self.fields.get("model_type")
         if kind != ModMoEConfig.model_type:
             remedy = "convert it with tools/convert_moduleformer.py" if kind == "moduleformer" else "upcycle it"
@@ -80,6 +81,17 @@ def native_config(fields: Mapping[str, Any]) -> ModMoEConfig:
         raise ValueError(str(error.__cause__ or error)) from None
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """
+    The fields of config.json.
+
+    Raises:
+        FileNotFoundError: no such directory, or no config.json.
+        ValueError: if it holds no object.
+    """
+    return read_json(directory / _CONFIG, "give the directory of a saved model")
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     Raises:
@@ -104,10 +116,10 @@ def check_new(out: Path, *sources: Path) -> None:
         sources: directories that are read, and stay as they are.
 
     Raises:
-        FileExistsError: if `out` exists.
+        FileExistsError: if `out` exists and is no empty directory.
         ValueError: as `check_place`.
     """
-    if out.exists():
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise FileExistsError(f"{out} exists: name a new directory")
     check_place(out, *sources)
 
@@ -142,6 +154,21 @@ def new_directory(out: Path, *sources: Path) -> Iterator[Path]:
         os.replace(written, out)
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer and the generation config from one directory to another."""
+    for pattern in (*_TOKENIZER, "generation_config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Copy the files that may stay what they are in another version of a model: tokenizer, configs, README."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_WEIGHTS):
+            shutil.copyfile(file, target / file.name)
+
+
 def write_model(
     source: ModelDirectory,
     out: Path,
@@ -160,14 +187,11 @@ def write_model(
         pieces: names and elements, those of a tensor in memory order.
 
     Raises:
-        FileExistsError: if `out` exists.
-        ValueError: if `out` lies in `source`.
+        FileExistsError, ValueError: see `check_new`.
         OSError: where the disk cannot take it.
     """
     with new_directory(out, source.path) as written:
-        for file in sorted(source.path.iterdir()):
-            if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_NOT_COPIED):
-                shutil.copyfile(file, written / file.name)
+        copy_all_but_weights(source.path, written)
         # As transformers writes it, so that an unchanged config is the same file.
         (written / _CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         with WeightsWriter(written, specs) as writer:

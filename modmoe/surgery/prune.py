@@ -5,9 +5,7 @@ the softmax.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +18,7 @@ from torch import Tensor
 from modmoe.models import ModMoEConfig
 from modmoe.models.safetensors_stream import MAX_SHARD_BYTES, TensorSpec, WeightsWriter
 from modmoe.surgery.expert_tensors import ExpertCheckpoint, ExpertPool
-from modmoe.surgery.model_directory import check_place, native_config
+from modmoe.surgery.model_directory import copy_all_but_weights, native_config, new_directory
 from modmoe.surgery.prune_plan import Place, Scope, plan_pruning
 from modmoe.surgery.usage import UsageReport
 
@@ -28,8 +26,6 @@ Denominator = Literal["keep", "drop"]
 
 _CONFIG = "config.json"
 _CARD = "README.md"
-# What other programs keep beside a model's files: its weights in any form, and the state of a training run.
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".gguf")
 
 
 class PrunedPool(NamedTuple):
@@ -212,32 +208,23 @@ class Pruning:
             max_shard_bytes: of weights in one file.
 
         Raises:
-            ValueError: if `out` is in use.
+            FileExistsError, ValueError: see `check_new`.
             OSError: where the disk cannot take it.
         """
         source = self.checkpoint.directory
-        check_output(out, source)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            written = Path(scratch) / "pruned"
-            written.mkdir()
-            for file in source.iterdir():
-                if file.is_file() and self._is_copied(file.name):
-                    shutil.copyfile(file, written / file.name)
+        with new_directory(out, source) as written:
+            copy_all_but_weights(source, written)
             (written / _CONFIG).write_text(json.dumps(self.fields, indent=2) + "\n")
             if card:
                 with (written / _CARD).open("a") as readme:
                     readme.write(card)
             if not self.is_empty:
                 self._write_weights(written, max_shard_bytes)
-            os.replace(written, out)
-
-    def _is_copied(self, name: str) -> bool:
-        # Without a change the very files: weights are used where they lie in a file, and on a CPU the last bit of a
-        # product can depend on the address.
-        if self.is_empty and name.endswith((".safetensors", ".safetensors.index.json")):
-            return True
-        return not name.startswith(".") and not name.endswith(_NOT_COPIED)
+                return
+            # The very files: weights are used where they lie in a file, and on a CPU the last bit of a product can
+            # depend on the address.
+            for file in [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
+                shutil.copyfile(file, written / file.name)
 
     def _write_weights(self, directory: Path, max_shard_bytes: int) -> None:
         weights = self.checkpoint.weights
@@ -292,16 +279,6 @@ def choose_pruning(
     }
     kept = plan_pruning(scores, keep=keep, keep_experts=keep_experts, threshold=threshold, scope=scope)
     return Pruning(checkpoint, kept, denominator)
-
-
-def check_output(out: Path, source: Path) -> None:
-    """
-    Raises:
-        ValueError: if `out` is in use, or lies in the checkpoint, which is never modified, or below a file.
-    """
-    check_place(out, source)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"the output directory {out} is in use: name a new one")
 
 
 def _prune_pool(pool: ExpertPool, kept: list[int] | None, denominator: Denominator, is_native: bool) -> PrunedPool:

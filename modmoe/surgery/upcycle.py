@@ -4,10 +4,6 @@ Attention stays what it was. Every FFN becomes a pool of experts, see `modmoe.su
 """
 
 import contextlib
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,7 +17,7 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.dense import NativeWeights, check_dense, config_from_dense
 from modmoe.models.modeling_modmoe import ModMoEForCausalLM
 from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
-from modmoe.surgery.model_directory import check_new
+from modmoe.surgery.model_directory import check_new, copy_tokenizer, new_directory, read_config
 from modmoe.surgery.upcycle_ffn import METHODS, Method, check_divides, split_ffn
 
 RouterStart = Literal["centroid", "random"]
@@ -51,15 +47,6 @@ _GATES = {
     "copy": {"norm_topk_prob": True, "unit_gates": False},
     "cluster": {"norm_topk_prob": False, "unit_gates": True},
 }
-_CARRIED_OVER = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 class DenseModel(NamedTuple):
@@ -108,16 +95,10 @@ def upcycle(
     dense = open_dense(source)
     config = upcycled_config(dense.config, method, fields, router)
     config.dtype = config.dtype or dense.dtype("model.embed_tokens.weight")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        written = Path(scratch) / "model"
-        written.mkdir()
+    with new_directory(target, source) as written:
         _write_weights(dense, config, written, method, reinit, router, torch.Generator().manual_seed(seed))
         config.save_pretrained(written)
-        for pattern in _CARRIED_OVER:
-            for file in source.glob(pattern):
-                shutil.copy2(file, written / file.name)
-        os.replace(written, target)
+        copy_tokenizer(source, written)
     return _summary(target, config, method, reinit)
 
 
@@ -126,22 +107,10 @@ def open_dense(source: Path) -> DenseModel:
     Read the config of a saved dense model, and where its weights are.
 
     Raises:
-        FileNotFoundError: no config.json, or no weights.
-        ValueError: as `config_from_dense`; pickled weights; weights that the config does not match.
+        FileNotFoundError: no config.json, or no safetensors.
+        ValueError: as `config_from_dense`; weights that the config does not match.
     """
-    path = source / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{source} has no config.json: give the directory of a saved model")
-    try:
-        check_dense(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in source.glob(pattern))
-    if pickles and not any(source.glob("*.safetensors")):
-        raise ValueError(
-            f"{source} holds pickled weights ({pickles[0]}), which can run code when read: save the model as "
-            "safetensors, which save_pretrained of transformers does"
-        )
+    check_dense(read_config(source))
     with _plain_errors():
         theirs = AutoConfig.from_pretrained(source)
         config = config_from_dense(theirs)

@@ -1,7 +1,6 @@
 """From state that many processes saved in pieces to a plain Hugging Face directory."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.models.safetensors_stream import TensorSpec, WeightsWriter
+from modmoe.surgery.model_directory import copy_tokenizer, new_directory, read_config
 from modmoe.training.checkpoints.checkpoint import RETIRED, STATE, defect
 from modmoe.training.checkpoints.engine_state import WEIGHT
 from modmoe.training.checkpoints.sharded_state import ShardedState
@@ -17,7 +17,6 @@ from modmoe.training.checkpoints.sharded_state import ShardedState
 _NOT_ARCHITECTURE = {"architectures", "dtype", "transformers_version", "use_cache", "_name_or_path"}
 # A factor on a loss, which a schedule may move.
 _NOT_ARCHITECTURE |= {"router_aux_loss_coef"}
-_NOT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
 def write_model(
@@ -66,8 +65,6 @@ def consolidate(checkpoint: Path, target: Path, dtype: torch.dtype) -> str:
         FileNotFoundError, ValueError: if the checkpoint is incomplete or damaged; names the file. Or if it holds
             adapters, or experts that are being pruned.
     """
-    if target.exists():
-        raise FileExistsError(f"{target} exists: name a new directory")
     problem = defect(checkpoint)
     if problem is not None:
         raise ValueError(f"{checkpoint} is not a complete checkpoint: {problem}")
@@ -77,20 +74,11 @@ def consolidate(checkpoint: Path, target: Path, dtype: torch.dtype) -> str:
         raise ValueError(f"{checkpoint} holds adapters: merge {checkpoint / 'adapter'} into their model with PEFT")
     if any(state.values.get(RETIRED, {}).values()):
         raise ValueError(f"{checkpoint} holds experts that are on their way out: let the run end, and take its final/")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with new_directory(target, checkpoint) as written:
         floats = {name: dtype if spec.dtype.is_floating_point else spec.dtype for name, spec in specs.items()}
-        _write_weights(state, temporary, floats)
-        for pattern in _NOT_WEIGHTS:
-            for file in checkpoint.glob(pattern):
-                shutil.copy2(file, temporary)
-        _set_dtype(temporary, dtype)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_weights(state, written, floats)
+        copy_tokenizer(checkpoint, written)
+        _write_config(checkpoint, written, dtype)
     elements = sum(spec.numel for spec in specs.values())
     return f"{target}: {len(specs)} tensors, {elements / 1e6:.1f} M numbers, {str(dtype).removeprefix('torch.')}"
 
@@ -120,7 +108,6 @@ def _saved_weights(state: ShardedState) -> dict[str, TensorSpec]:
     return {name.removeprefix(prefix): spec for name, spec in state.specs.items() if name.startswith(prefix)}
 
 
-def _set_dtype(directory: Path, dtype: torch.dtype) -> None:
-    path = directory / "config.json"
-    content = json.loads(path.read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+def _write_config(checkpoint: Path, directory: Path, dtype: torch.dtype) -> None:
+    content = read_config(checkpoint) | {"dtype": str(dtype).removeprefix("torch.")}
+    (directory / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -135,8 +135,8 @@ class Recovery(TrainerCallback):
             left = 1 if self._section.scope == "global" else self._target(module)
             if router.sample_top_k and left < router.top_k:
                 raise ValueError(
-                    f"sample_topk={router.sample_top_k} of the model draws from {router.top_k} {side} experts, and keep="
-                    f"{self._section.keep} may leave {left} in layer {layer}: set sample_topk to 0 in its config.json"
+                    f"sample_topk={router.sample_top_k} of the model draws from {router.top_k} {side} experts, and "
+                    f"keep={self._section.keep} may leave {left} in layer {layer}: set it to 0 in the config.json"
                 )
 
     def _target(self, module: RoutedModule) -> int:

@@ -81,7 +81,7 @@ def test_large_tensors_are_read_at_both_ends_and_in_the_middle(tmp_path, place):
 
 
 def test_bad_directories(checkpoint, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere has no config.json"):
         checkpoint_fingerprint(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         checkpoint_fingerprint(tmp_path)

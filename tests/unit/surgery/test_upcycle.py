@@ -270,12 +270,12 @@ def test_weights_that_are_no_dense_model(saved, tmp_path):
     (source / "model.safetensors").unlink()
     refused("dense has neither model.safetensors nor", FileNotFoundError)
     torch.save(weights, source / "pytorch_model.bin")
-    refused(
-        r"holds pickled weights \(pytorch_model.bin\), which can run code when read: save the model as safetensors"
-    )
+    refused(r"only pickled weights \(pytorch_model.bin\), which can run code when read", FileNotFoundError)
 
 
 def test_output_in_use(saved, tmp_path):
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").write_text("mine")
     with pytest.raises(FileExistsError, match="out exists: name a new directory"):
         upcycle(saved(), tmp_path / "out", "copy", FEW)
+    with pytest.raises(ValueError, match="which is not modified"):
+        upcycle(saved(), saved() / "out", "copy", FEW)

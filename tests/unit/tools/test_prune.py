@@ -157,7 +157,7 @@ def test_unknown_words(arguments, message, capsys):
 def test_an_output_directory_in_use(run, models, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "error: the output directory out is in use: name a new one" in run("--keep", 1)[2]
+    assert "error: out exists: name a new directory" in run("--keep", 1)[2]
     (tmp_path / "out" / "notes.txt").unlink()
     assert run("--keep", 1)[0] == 0  # an empty one is free
     inside = ("--out", str(models / "native" / "pruned"))

@@ -67,6 +67,6 @@ def test_what_cannot_be_pruned(tmp_path):
     with pytest.raises(ConfigError, match="finetuning.pruning: extension 'new' shares the routers"):
         recovery(tmp_path, [], extended)
     sampled = ModMoEForCausalLM(ModMoEConfig(vocab_size=30, **MODEL, sample_topk=1))
-    with pytest.raises(ConfigError, match="sample_topk=1 .* from 2 attn experts, and keep=0.25 may leave 1 in layer 0"):
+    with pytest.raises(ConfigError, match="sample_topk=1 .* 2 attn experts, and keep=0.25 may leave 1 in layer 0"):
         recovery(tmp_path, [], sampled)
     recovery(tmp_path, [], sampled, keep=0.5)
