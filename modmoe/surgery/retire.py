@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from modmoe.layers.router import Router, RouterOutput
 
@@ -60,17 +61,19 @@ class _Retiring:
 
     def scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super().scores(*args, **kwargs)  # type: ignore[misc]
-        # Gates that sum to one over the chosen experts are the same with both denominators.
-        return logits if self.in_softmax and not self.renormalize else self._without(logits)
+        return logits if self.in_softmax else self._without(logits)
 
     def forward(self, *args: Any, **kwargs: Any) -> RouterOutput:
         output: RouterOutput = super().forward(*args, **kwargs)  # type: ignore[misc]
         gone = self.retired.nonzero().flatten()
         # A token that uses more experts than there are left has slots without one.
         nobody = torch.isin(output.top_k_index, gone)
+        gates = output.top_k_weights.masked_fill(nobody, 0.0)
+        if self.renormalize:
+            gates = F.normalize(gates, p=1, dim=-1, eps=torch.finfo(gates.dtype).tiny)
         return RouterOutput(
             output.logits.index_fill(1, gone, _LOWEST),
-            output.top_k_weights.masked_fill(nobody, 0.0),
+            gates,
             output.top_k_index.masked_fill(nobody, output.logits.shape[1]),
         )
 

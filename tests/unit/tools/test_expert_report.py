@@ -104,7 +104,7 @@ def test_models_that_are_refused(native, run, tmp_path, tokenizer):
     for directory in (dense, small):
         tokenizer.save_pretrained(directory)
     for model, message in (
-        (tmp_path / "nowhere", "nowhere is not a directory"),
+        (tmp_path / "nowhere", "nowhere has no config.json"),
         (pickled, "only pickled weights"),
         (dense, "'modmoe' has no routed experts"),
         (unknown, "has model type `nonsense`"),
