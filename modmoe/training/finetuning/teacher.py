@@ -71,8 +71,10 @@ class Teacher:
         parts = {"distillation/kl": kl}
         if section.hidden_weight:
             pairs = zip(outputs.hidden_states, taught.hidden_states, strict=True)
-            errors = torch.stack([hidden_error(mine, theirs) for mine, theirs in pairs])
-            parts["distillation/hidden"] = errors.mean(0).sum() / num_tokens
+            errors = torch.stack([hidden_error(mine, theirs) for mine, theirs in pairs]).mean(0)
+            if "attention_mask" in inputs:
+                errors = errors.masked_fill(inputs["attention_mask"] == 0, 0.0)
+            parts["distillation/hidden"] = errors.sum() / num_tokens
             outputs.loss = outputs.loss + section.hidden_weight * parts["distillation/hidden"]
         return parts
 
