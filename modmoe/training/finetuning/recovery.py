@@ -5,7 +5,6 @@ its shape under an optimizer.
 """
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from modmoe.layers.router import Router
 from modmoe.models import ModMoEForCausalLM
+from modmoe.models.extension import Extension
 from modmoe.surgery.expert_tensors import ExpertCheckpoint
 from modmoe.surgery.prune import Pruning
 from modmoe.surgery.prune_plan import Place, plan_pruning
@@ -61,7 +61,8 @@ class Recovery(TrainerCallback):
         self._report = report
         self._measure = measure
         self._events = events
-        shared = [extension.name for extension in model.config.extension_list() if extension.mode == "common"]
+        extensions = model.config.extension_list()
+        shared = [extension.name for extension in extensions if extension.mode == "common"]
         if shared:
             raise ConfigError(
                 f"finetuning.pruning: extension {shared[0]!r} shares the routers of the experts that would go (mode "
@@ -70,7 +71,10 @@ class Recovery(TrainerCallback):
         try:
             modules = find_routed_modules(model)
             self._pools: dict[Place, RoutedModule] = {(m.layer, m.side): m for m in modules}
-            self._check_sampling()
+            ones = {place: torch.ones(module.num_experts) for place, module in self._pools.items()}
+            # How many stay in the end; with scope "global" the sum alone is right.
+            self._goal = plan_pruning(ones, keep=section.keep, scope=section.scope)
+            self._check_end(extensions)
             if report is not None:
                 self._scores(report)
         except ValueError as error:
@@ -92,11 +96,7 @@ class Recovery(TrainerCallback):
     @property
     def share(self) -> float:
         """Of the experts that are in use."""
-        return self._number_left / sum(module.num_experts for module in self._pools.values())
-
-    @property
-    def _number_left(self) -> int:
-        return sum(map(len, self.kept.values()))
+        return self._number(self.kept) / sum(module.num_experts for module in self._pools.values())
 
     def values(self) -> dict[str, list[int]]:
         """For a checkpoint: what `load` takes."""
@@ -114,7 +114,7 @@ class Recovery(TrainerCallback):
             unpruned: the model with all of them.
             directory: an existing one, which is given the files.
         """
-        if self._number_left > sum(map(self._target, self._pools.values())):
+        if self._number(self.kept) > self._number(self._goal):
             logger.warning("the run has ended before its last pruning: %.0f %% of the experts stay", 100 * self.share)
         pruning = Pruning(ExpertCheckpoint(unpruned), self.kept, self._section.denominator)
         for warning in pruning.warnings:
@@ -125,23 +125,29 @@ class Recovery(TrainerCallback):
             os.replace(file, directory / file.name)
         shutil.rmtree(scratch)
 
-    def _check_sampling(self) -> None:
+    def _check_end(self, extensions: list[Extension]) -> None:
         """
         Raises:
-            ValueError: if a router will have fewer experts than it draws from.
+            ValueError: if what would be left is no model.
         """
+        section = self._section
         for (layer, side), module in self._pools.items():
             router = cast(Router, module.router)
-            left = 1 if self._section.scope == "global" else self._target(module)
+            left = 1 if section.scope == "global" else len(self._goal[layer, side])
             if router.sample_top_k and left < router.top_k:
                 raise ValueError(
                     f"sample_topk={router.sample_top_k} of the model draws from {router.top_k} {side} experts, and "
-                    f"keep={self._section.keep} may leave {left} in layer {layer}: set it to 0 in the config.json"
+                    f"keep={section.keep} may leave {left} in layer {layer}: set it to 0 in the config.json"
                 )
+        if extensions and section.denominator == "drop" and self._number(self._goal) == len(self._pools):
+            raise ValueError(
+                f"extension {extensions[0].name!r} needs a model with experts, and keep={section.keep} makes every "
+                "layer dense: keep more of them, or use denominator 'keep'"
+            )
 
-    def _target(self, module: RoutedModule) -> int:
-        """Experts of a pool that stay in the end."""
-        return math.ceil(self._section.keep * module.num_experts - 1e-9)
+    @staticmethod
+    def _number(experts: dict[Place, list[int]]) -> int:
+        return sum(map(len, experts.values()))
 
     def _prune(self, step: int) -> None:
         scores = self._scores(self._report or self._measure(step))

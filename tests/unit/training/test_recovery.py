@@ -70,3 +70,9 @@ def test_what_cannot_be_pruned(tmp_path):
     with pytest.raises(ConfigError, match="sample_topk=1 .* 2 attn experts, and keep=0.25 may leave 1 in layer 0"):
         recovery(tmp_path, [], sampled)
     recovery(tmp_path, [], sampled, keep=0.5)
+    beside = [{"name": "new", "num_experts": 1}]
+    extended = ModMoEForCausalLM(ModMoEConfig(vocab_size=30, **MODEL, extensions=beside))
+    for scope in ("layer", "global"):
+        with pytest.raises(ConfigError, match="extension 'new' needs a model with experts, and keep=0.25 makes every"):
+            recovery(tmp_path, [], extended, scope=scope)
+    recovery(tmp_path, [], extended, denominator="keep")
