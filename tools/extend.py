@@ -11,6 +11,7 @@ what is new with train/finetune.py, method "extension", and ship it with tools/p
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -88,4 +89,5 @@ def describe_bound(share: float | None) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

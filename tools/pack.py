@@ -13,6 +13,7 @@ makes the experts of a "common" extension ordinary ones, for good.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -92,4 +93,5 @@ COMMANDS = {"create": create, "apply": apply, "remove": remove, "merge": merge, 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

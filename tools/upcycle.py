@@ -10,6 +10,7 @@ cheaper and approximate. "copy" repeats each network: the model is larger, and e
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -62,4 +63,5 @@ def fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())
