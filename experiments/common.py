@@ -21,7 +21,6 @@ from modmoe.data.config import SourceConfig, TokenizerConfig
 from modmoe.training.evaluation import evaluate_domains
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "experiments"
 RESULTS = ROOT / "docs" / "results"
 DOMAINS = ("python", "english", "c")
 
@@ -66,13 +65,13 @@ def train(script: str, config: str, out: Path, **options: Any) -> Path:
 
     Args:
         script: in train/.
-        config: in experiments/.
+        config: its path from the root of the repository.
         out: output directory of the run.
         options: keys of the configuration, with "__" for their dots.
     """
     if not (out / "results.json").exists():  # the last file that a run writes
         overrides = [part for key, value in options.items() for part in (f"--{key.replace('__', '.')}", str(value))]
-        run(ROOT / "train" / script, "--config", CONFIGS / config, "--output_dir", out, *overrides)
+        run(ROOT / "train" / script, "--config", ROOT / config, "--output_dir", out, *overrides)
     return out / "final"
 
 

@@ -35,7 +35,7 @@ class Models:
         self.directory = directory
 
     def base(self) -> Path:
-        return train("pretrain.py", "base.yaml", self.directory / "base", seed=self.seed)
+        return train("pretrain.py", "experiments/base.yaml", self.directory / "base", seed=self.seed)
 
     def extended(self) -> Path:
         """With experts that do nothing yet."""
@@ -53,7 +53,9 @@ class Models:
             options["finetuning__lora"] = f"{{rank: {LORA_RANK}, alpha: {2 * LORA_RANK}}}"
         init = self.extended() if method == "extension" else self.base()
         out = self.directory / f"{method}-{recipe}-{rate:g}"
-        return train("finetune.py", "extend.yaml", out, init=init, optimization__learning_rate=rate, **options)
+        return train(
+            "finetune.py", "experiments/extend.yaml", out, init=init, optimization__learning_rate=rate, **options
+        )
 
 
 def measure_seed(seed: int, directory: Path) -> None:

@@ -50,7 +50,7 @@ class Models:
         self.directory = directory
 
     def base(self) -> Path:
-        return train("pretrain.py", "base.yaml", self.directory / "base", seed=self.seed)
+        return train("pretrain.py", "experiments/base.yaml", self.directory / "base", seed=self.seed)
 
     def specialised(self, loss: str) -> Path:
         return self._tune(loss, loss, self.base(), warmup_steps=100)
@@ -75,7 +75,9 @@ class Models:
         section = ROUTER_LOSSES[loss]
         if section is not None:
             options["finetuning__router_loss"] = section.replace("%d", str(warmup_steps))
-        return train("finetune.py", "specialise.yaml", self.directory / name, seed=self.seed, init=init, **options)
+        return train(
+            "finetune.py", "experiments/specialise.yaml", self.directory / name, seed=self.seed, init=init, **options
+        )
 
     def usage(self, loss: str) -> UsageReport:
         """How the specialised model uses its experts on Python's training text."""

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""
+What does module-to-module distillation gain over training the student from scratch?
+
+    python experiments/distill.py
+
+One dense teacher (configs/distill/teacher.yaml). Per seed a student of configs/distill/quickstart.yaml is trained
+module by module and then end to end; and by each baseline on as many tokens as every part of that student has seen:
+from scratch, with the teacher's logits, from the teacher's weights ("upcycle"). With the teacher's logits also for as
+many CPU seconds as all phases of the distillation together.
+
+Writes docs/results/distill; what a seed's file there holds already is not measured again.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import Results, Values, main, mean_and_spread, train
+
+NAME = "distill"
+PAIR_STEPS, END_STEPS = 700, 900
+STEPS = PAIR_STEPS + END_STEPS
+TITLES = {
+    "modules": "module by module, then end to end",
+    "scratch": "from scratch",
+    "logit_kd": "teacher's logits",
+    "upcycle": "from the teacher's weights",
+    "logit_kd, equal compute": "teacher's logits, equal CPU seconds",
+}
+DOMAIN = "python"
+
+
+def measure_seed(seed: int, directory: Path) -> None:
+    results = Results(NAME, seed)
+    teacher = partial(train, "pretrain.py", "configs/distill/teacher.yaml", directory.parent / "teacher")
+
+    def student(name: str, method: str, steps: int, **options: Any) -> dict[str, Any]:
+        out = directory / name
+        options |= {"distillation__method": method, "optimization__steps": steps, "seed": seed, "teacher": teacher()}
+        train("distill.py", "configs/distill/quickstart.yaml", out, **options)
+        return json.loads((out / "results.json").read_text())
+
+    pairs = {"distillation__pairs__optimization": f"{{steps: {PAIR_STEPS}}}"}
+    results.measure("modules", lambda: student("modules", "modules", END_STEPS, **pairs))
+    for method in ("scratch", "logit_kd", "upcycle"):
+        results.measure(method, partial(student, f"distill-{method}", method, STEPS))
+
+    def equal_compute() -> dict[str, Any]:
+        ratio = results.values["modules"]["cpu_seconds"] / results.values["logit_kd"]["cpu_seconds"]
+        return student("distill-logit_kd-longer", "logit_kd", round(STEPS * ratio))
+
+    results.measure("logit_kd, equal compute", equal_compute)
+
+
+def table(results: list[Values]) -> str:
+    lines = [
+        f"Validation loss in nats per token, mean ± standard deviation over {len(results)} seeds. Tokens are those "
+        "that every part of the student was trained on; seconds are of the CPU, over all phases.",
+        "",
+        "| training | tokens | CPU s | Python | English | C | end-to-end tokens to scratch's last loss, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, title in TITLES.items():
+        runs = [r[name] for r in results]
+        losses = [
+            mean_and_spread((run["validation"][d] for run in runs), "{:.3f}") for d in ("python", "english", "c")
+        ]
+        shares = [tokens_to_scratch(r, name) for r in results]
+        reached = "never" if None in shares else mean_and_spread(shares, "{:.0f}")
+        tokens = f"{runs[0]['student_tokens'] / 1e6:.2f} M" if name != "logit_kd, equal compute" else "more"
+        seconds = mean_and_spread((run["cpu_seconds"] for run in runs), "{:.0f}")
+        lines.append(f"| {title} | {tokens} | {seconds} | " + " | ".join(losses) + f" | {reached} |")
+    return "\n".join(lines) + "\n"
+
+
+def tokens_to_scratch(result: Values, name: str) -> float | None:
+    """End-to-end tokens after which a run is as good as scratch at its end, in % of scratch's; None: it never is."""
+    target, total = result["scratch"]["curve"][-1][DOMAIN], result["scratch"]["curve"][-1]["tokens"]
+    reached = [point["tokens"] for point in result[name]["curve"] if point[DOMAIN] <= target]
+    return 100 * reached[0] / total if reached else None
+
+
+def draw(results: list[Values], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    for number, (name, title) in enumerate(TITLES.items()):
+        for i, result in enumerate(results):
+            run, look = result[name], {"color": f"C{number}", "label": title if i == 0 else None, "alpha": 0.8}
+            loss = [point[DOMAIN] for point in run["curve"][1:]]
+            tokens = [point["tokens"] for point in run["curve"][1:]]
+            before = run["student_tokens"] - tokens[-1]
+            by_tokens.plot([(before + t) / 1e6 for t in tokens], loss, **look)
+            last = run["phases"]["end to end"]["cpu_seconds"]
+            before = run["cpu_seconds"] - last
+            by_seconds.plot([before + last * t / tokens[-1] for t in tokens], loss, **look)
+    by_tokens.set(xlabel="million tokens that every part of the student has seen", ylabel="Python, nats per token")
+    by_seconds.set(xlabel="CPU seconds, all phases")
+    by_tokens.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main(__doc__, NAME, measure_seed, table, draw)
