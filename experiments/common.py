@@ -23,6 +23,7 @@ from modmoe.training.evaluation import evaluate_domains
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 DOMAINS = ("python", "english", "c")
+MAX_BYTES = {"c": 4_000_000}
 
 Values = dict[str, Any]
 """What was measured with one seed, by name."""
@@ -97,7 +98,7 @@ class Scorer:
 
     @cached_property
     def _data(self) -> Any:
-        sources = [SourceConfig(name=name, embedded=name, max_bytes=4_000_000) for name in DOMAINS]
+        sources = [SourceConfig(name=name, embedded=name, max_bytes=MAX_BYTES.get(name)) for name in DOMAINS]
         tokenizer = TokenizerConfig(name=str(self.tokenizer()))
         return prepare_data(sources, tokenizer, 256, ROOT / ".cache" / "modmoe", seed=0, num_train_blocks=1)
 

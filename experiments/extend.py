@@ -19,7 +19,7 @@ from common import DOMAINS, ROOT, Results, Scorer, Values, main, mean_and_spread
 
 NAME = "extend"
 C = "{name: c, embedded: c, max_bytes: 4000000, weight: 0.5}"
-PYTHON = "{name: python, embedded: python, max_bytes: 4000000, weight: 0.4}"
+PYTHON = "{name: python, embedded: python, weight: 0.4}"
 ENGLISH = "{name: english, embedded: english, weight: 0.1}"
 RECIPES = {"lifelong": f"[{C}]", "joint": f"[{C}, {PYTHON}, {ENGLISH}]"}
 LEARNING_RATES = {"extension": 3e-3, "lora": 3e-3, "full": 1e-3}
