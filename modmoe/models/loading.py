@@ -16,6 +16,8 @@ from modmoe.models.safetensors_stream import pickled_files
 # Keywords of `from_pretrained` that are most often meant, besides the fields of the config.
 _LOADING_KEYWORDS = ("attn_implementation", "experts_implementation", "device_map", "dtype", "revision", "token")
 
+# Output layers of classifiers: a model for one task is the start of one for another.
+_CLASSIFIERS = ("score.", "classifier.")
 _ALIGNMENT = 64  # bytes, as PyTorch allocates
 
 
@@ -53,8 +55,10 @@ class StrictPreTrainedModel(PreTrainedModel):
 
     def _check_coverage(self, where: Any, info: dict[str, Any], accept_mismatch: bool) -> None:
         """Every weight of the model is in the checkpoint and the other way round, heads of other tasks excepted."""
-        missing = sorted(k for k in info["missing_keys"] if not k.startswith("score.") and "selection_bias" not in k)
-        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(("lm_head.", "score.")))
+        missing = sorted(
+            k for k in info["missing_keys"] if not k.startswith(_CLASSIFIERS) and "selection_bias" not in k
+        )
+        unexpected = sorted(k for k in info["unexpected_keys"] if not k.startswith(("lm_head.", *_CLASSIFIERS)))
         mismatched = [] if accept_mismatch else sorted(info["mismatched_keys"])
         if mismatched:
             key, saved, built = mismatched[0]

@@ -142,7 +142,8 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
         """Parameters that one token passes through: all but embedding, output layer and unused experts."""
         vocabulary = [self.get_input_embeddings(), self.get_output_embeddings(), self.base_model.embed_positions]
         total = sum(p.numel() for p in self.parameters())
-        total -= sum(p.numel() for p in {m.weight for m in vocabulary if m is not None})
+        # Patches of images have no table to be looked up in.
+        total -= sum(p.numel() for p in {m.weight for m in vocabulary if hasattr(m, "weight")})
         for experts, num_experts, active in self.pool_sizes():
             total -= sum(p.numel() // num_experts * (num_experts - active) for p in experts.parameters())
         return total
@@ -163,7 +164,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
 
     def __init__(self, config: ModMoEConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = self._input_embedding(config)
         self.layers = nn.ModuleList([ModMoEDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = norm(config)
         softmax, learned = config.attention_type == "softmax", config.position_embedding == "learned"
@@ -175,6 +176,9 @@ class ModMoEModel(ModMoEPreTrainedModel):
         self._extension_routers += [e.name for e in groups if e.num_attn_experts]
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _input_embedding(self, config: ModMoEConfig) -> nn.Module:
+        return nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -202,7 +206,7 @@ class ModMoEModel(ModMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            check_token_ids(cast(torch.Tensor, input_ids), self.embed_tokens.num_embeddings)
+            check_token_ids(cast(torch.Tensor, input_ids), self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
