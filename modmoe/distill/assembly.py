@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from modmoe.distill.pair import STITCHES
 from modmoe.distill.ranges import StageSpec
 from modmoe.distill.stages import check_complete, read_stage_file
-from modmoe.distill.student import whole_name
+from modmoe.distill.student import student_kind, whole_name
 from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
 
@@ -55,7 +56,7 @@ def assemble(stages: Sequence[Path], directory: Path) -> bool:
         _check_one_projection(paths)
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(specs, paths, directory)
-    config.architectures = ["ModMoEForCausalLM"]
+    config.architectures = [student_kind(config).whole.__name__]
     config.save_pretrained(directory)
     return exact or len(specs) == 1
 
@@ -83,7 +84,7 @@ def _common_config(paths: list[Path]) -> ModMoEConfig:
                 f"{paths[0]} has {name}={first.get(name)!r} and {path} has {fields.get(name)!r}: stages "
                 "of one student have one config; train one of them again"
             )
-    return ModMoEConfig.from_pretrained(paths[0])
+    return AutoConfig.from_pretrained(paths[0])
 
 
 def _fields(path: Path) -> dict[str, Any]:

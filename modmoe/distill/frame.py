@@ -89,7 +89,7 @@ class Frame(nn.Module):
             body: (B, T, H) of the embeddings, and how to call blocks -> (B, T, H) for the final norm.
 
         Returns:
-            logits, (B, T, V) of a language model.
+            logits, (B, T, V) of a language model, (B, V) of an image classifier.
         """
         relays = self._relays
         relays[-1].body = lambda hidden_states: body(hidden_states, self._calls())

@@ -222,7 +222,7 @@ class Incubation(nn.Module):
 
 @dataclass(frozen=True)
 class HybridReport:
-    """Cross entropies on the same tokens, in nats per token."""
+    """Cross entropies on the same tokens, in nats per token; or on images."""
 
     num_tokens: int
     """How many were scored."""

@@ -2,7 +2,8 @@
 
     loss = (1 - a) * CE(labels) + a * tau^2 * KL(teacher || student)  [+ hidden states, + relations]
 
-CE and KL are means over valid tokens: real ones whose next token is real and has a label. The KL is a sum over the
+CE and KL are means over valid tokens: real ones whose next token is real and has a label; of a classifier, over
+images that have one. The KL is a sum over the
 vocabulary, at temperature tau, in fp32 (arXiv:1503.02531, arXiv:2402.16918). So neither depends on padding, on how
 tokens are cut into batches, or on vocabulary that nobody uses.
 
@@ -256,8 +257,8 @@ def _at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
 def _check_vocabulary(logits: torch.Tensor, teacher: torch.Tensor | TopK | None) -> None:
     if isinstance(teacher, torch.Tensor) and teacher.shape[-1] != logits.shape[-1]:
         raise ValueError(
-            f"the teacher has {teacher.shape[-1]} logits and the student {logits.shape[-1]}: set the student's "
-            f"vocab_size={teacher.shape[-1]}, and give it the teacher's tokenizer"
+            f"the teacher has {teacher.shape[-1]} logits and the student {logits.shape[-1]}: give the student the "
+            "teacher's vocabulary and tokenizer, or its labels"
         )
 
 
@@ -273,16 +274,40 @@ def next_token_targets(batch: Mapping[str, Any]) -> torch.Tensor:
         (B, T) int64; -100 at the last position, where the next token has no label, and at and before padding.
 
     Raises:
-        ValueError: if there are no labels.
+        ValueError: if there are no labels, or only one for each row.
     """
     if batch.get("labels") is None:
         raise ValueError("the batch has no labels; for plain text they are a copy of input_ids")
     labels = batch["labels"]
+    if labels.ndim == 1:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} are classes, one for each row: give targets_of=class_targets"
+        )
     mask = batch.get("attention_mask")
     if mask is not None:
         labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     return targets if mask is None else targets.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+def class_targets(batch: Mapping[str, Any]) -> torch.Tensor:
+    """
+    What a classifier is to predict.
+
+    Args:
+        batch: `labels` (B,), classes; -100 where there is none.
+
+    Returns:
+        (B,) int64.
+
+    Raises:
+        ValueError: if there are no labels, or not one for each row.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.ndim != 1:
+        found = "none" if labels is None else f"shape {tuple(labels.shape)}"
+        raise ValueError(f"a classifier needs labels of shape (batch,), one class for each row, got {found}")
+    return labels
 
 
 def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor | None:

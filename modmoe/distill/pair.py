@@ -15,7 +15,7 @@ from modmoe.distill.objective import Objective, next_token_targets, real_tokens
 from modmoe.distill.signals import TeacherSignals
 from modmoe.distill.stages import CutModel, Stage
 from modmoe.distill.stitch import StitchKind, build_stitches
-from modmoe.distill.student import StudentOutput, StudentStage
+from modmoe.distill.student import StudentOutput, StudentStage, output_layer
 from modmoe.losses.router import RouterStatistics
 
 STITCHES = "stitches.safetensors"
@@ -80,11 +80,13 @@ class StagePair(nn.Module):
                 f"the teacher's stage is {teacher.spec}, and stage {index} of the meta model stands for "
                 f"{meta.specs[index]}: take the stage of the same cut"
             )
-        vocabulary = getattr(meta.frame.model.get_output_embeddings(), "weight", None)
-        if vocabulary is not None and len(vocabulary) != student.config.vocab_size:
+        weight = getattr(output_layer(meta.frame), "weight", None)
+        field = student.kind.num_logits
+        size = getattr(student.config, field)
+        if weight is not None and len(weight) != size:
             raise ValueError(
-                f"the teacher has {len(vocabulary)} logits and the student vocab_size={student.config.vocab_size}: "
-                f"set the student's to {len(vocabulary)}, and give it the teacher's tokenizer"
+                f"the teacher has {len(weight)} logits and the student {field}={size}: set the student's to "
+                f"{len(weight)}, and let both mean the same tokens or labels"
             )
 
     def teacher_signals(self, batch: Batch) -> TeacherSignals:

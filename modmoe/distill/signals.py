@@ -45,7 +45,7 @@ class TeacherSignals:
     """What a teacher says about one batch."""
 
     logits: torch.Tensor | TopK
-    """(B, T, V), or its top k."""
+    """(B, T, V), or (B, V) of images; or their top k."""
     boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
     """Boundary -> (B, T, H): i is what goes into stage i, i + 1 what comes out of it."""
 

@@ -77,7 +77,7 @@ class CutOutput(NamedTuple):
     """What a cut model computes."""
 
     logits: torch.Tensor
-    """(B, T, V)."""
+    """(B, T, V) of a language model; (B, V) of an image classifier."""
     boundaries: tuple[torch.Tensor, ...]
     """Hidden states (B, T, H) at each boundary: 0 are the embeddings, i + 1 is what stage i gives out."""
 

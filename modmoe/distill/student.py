@@ -1,12 +1,17 @@
-"""The student's stages: contiguous blocks of a modular model, each a model of its own while it is trained."""
+"""The student's stages: contiguous blocks of a modular model, each a model of its own while it is trained.
+
+Language models and image classifiers differ in what comes before and after their blocks: `student_kind` says how.
+Letters: B batch, T tokens, H hidden size, V classes, which are a vocabulary or the labels of images.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from modmoe.distill.frame import TARGETS, Batch, Frame
 from modmoe.distill.ranges import StageSpec
@@ -14,7 +19,9 @@ from modmoe.distill.seeds import stage_random_state
 from modmoe.distill.stages import Stage, read_stage_file, save_part, write_stage_file
 from modmoe.losses.router import RouterLosses, RouterStatistics
 from modmoe.models.configuration_modmoe import ModMoEConfig
-from modmoe.models.modeling_modmoe import ModMoEModel, WithRouterLosses
+from modmoe.models.configuration_vision import ModMoEVisionConfig
+from modmoe.models.modeling_modmoe import ModMoEForCausalLM, ModMoEModel, WithRouterLosses
+from modmoe.models.modeling_vision import ClassTokenClassifier, ModMoEForImageClassification, ModMoEVisionModel
 from modmoe.models.outputs import ModMoEModelOutputWithPast
 from modmoe.models.safetensors_stream import SavedWeights
 
@@ -31,9 +38,45 @@ class StudentOutput(NamedTuple):
     hidden_states: torch.Tensor
     """(B, T, H) at its end; of the last stage after the final norm."""
     logits: torch.Tensor | None
-    """(B, T, V) of the last stage."""
+    """(B, T, V) of the last stage; (B, V) for images."""
     routing: ModMoEModelOutputWithPast
     """Logits and choices of its routers."""
+
+
+class StudentKind(NamedTuple):
+    """What students of one kind are made of."""
+
+    whole: type[WithRouterLosses]
+    """Class of the assembled student."""
+    base: type[ModMoEModel]
+    """Class of its blocks, with what comes before them."""
+    head: str
+    """Name of its output layer."""
+    build_head: Callable[[ModMoEConfig], nn.Linear]
+    """That layer: (B, T, H) -> logits."""
+    num_logits: str
+    """Field of the config that holds V."""
+
+
+_LANGUAGE = StudentKind(
+    ModMoEForCausalLM,
+    ModMoEModel,
+    "lm_head",
+    lambda config: nn.Linear(config.hidden_size, config.vocab_size, bias=False),
+    "vocab_size",
+)
+_IMAGES = StudentKind(
+    ModMoEForImageClassification,
+    ModMoEVisionModel,
+    "classifier",
+    lambda config: ClassTokenClassifier(config.hidden_size, config.num_labels),
+    "num_labels",
+)
+
+
+def student_kind(config: ModMoEConfig) -> StudentKind:
+    """The kind of student that a config describes."""
+    return _IMAGES if isinstance(config, ModMoEVisionConfig) else _LANGUAGE
 
 
 def stage_config(config: ModMoEConfig, spec: StageSpec) -> ModMoEConfig:
@@ -63,7 +106,7 @@ def stage_config(config: ModMoEConfig, spec: StageSpec) -> ModMoEConfig:
 
 class StudentStage(WithRouterLosses):
     """
-    Blocks of a modular language model, with the embedding in the first stage and the norm and head in the last.
+    Blocks of a modular model, with the embedding in the first stage and the norm and head in the last.
 
     Args:
         config: of the whole student.
@@ -77,31 +120,36 @@ class StudentStage(WithRouterLosses):
         super().__init__(stage_config(config, spec))
         self.whole_config = config
         self.spec = spec
-        self.model = ModMoEModel(self.config)
-        self.lm_head: nn.Linear | None = None
+        self.model = self.kind.base(self.config)
         if not spec.is_first:
             for name in ("embed_tokens", "embed_positions"):
                 setattr(self.model, name, None)
-        if spec.is_last:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        else:
+        self.register_module(self.kind.head, self.kind.build_head(config) if spec.is_last else None)
+        if not spec.is_last:
             self.model.norm = nn.Identity()
         if config.tie_word_embeddings:
             self._tied_weights_keys = {_HEAD: _EMBEDDING}
         self.post_init()
 
+    @property
+    def kind(self) -> StudentKind:
+        """Of the whole student."""
+        return student_kind(self.whole_config)
+
     def forward(self, batch: Batch, hidden_states: torch.Tensor | None = None) -> StudentOutput:
         """
         Args:
-            batch: inputs of a language model: `input_ids` (B, T), and `attention_mask` and `position_ids` if any.
+            batch: inputs of the model: `input_ids` (B, T), and `attention_mask` and `position_ids` if any; or
+                `pixel_values` (B, channels, height, width).
             hidden_states: (B, T, H) from the stage before; None in the first stage.
         """
         inputs = {name: value for name, value in batch.items() if name not in TARGETS}
         if not self.spec.is_first:
-            inputs |= {"input_ids": None, "inputs_embeds": hidden_states}
+            inputs |= {self.model.main_input_name: None, "inputs_embeds": hidden_states}
         outputs = self.model(**inputs, use_cache=False, output_router_logits=True)
         hidden_states = outputs.last_hidden_state
-        return StudentOutput(hidden_states, None if self.lm_head is None else self.lm_head(hidden_states), outputs)
+        head = getattr(self, self.kind.head)
+        return StudentOutput(hidden_states, None if head is None else head(hidden_states), outputs)
 
     def statistics_of(self, output: StudentOutput, batch: Batch) -> RouterStatistics | None:
         """Sums over the tokens of a forward pass, of FFN and then of attention routers; None without routers."""
@@ -129,7 +177,7 @@ class StudentStage(WithRouterLosses):
         Losses of this stage's routers; None if it has none. Arguments as of `ModMoEForCausalLM.forward`.
 
         Args:
-            targets: (B, T), -100 where there is nothing to predict.
+            targets: (B, T), or (B,) for images; -100 where there is nothing to predict.
         """
         statistics = self.statistics_of(output, batch)
         if statistics is None:
@@ -154,7 +202,7 @@ class StudentStage(WithRouterLosses):
             ValueError: if a file is damaged or the weights do not fit.
         """
         spec, _ = read_stage_file(directory)
-        stage = cls(ModMoEConfig.from_pretrained(directory), spec)
+        stage = cls(AutoConfig.from_pretrained(directory), spec)
         found = stage.load_state_dict(dict(SavedWeights(directory)), strict=False, assign=True)
         missing = set(found.missing_keys) - set(stage.all_tied_weights_keys)
         if missing or found.unexpected_keys:
@@ -230,7 +278,8 @@ def initialize_ends(student: StudentStage, frame: Frame, projection: torch.Tenso
 
     Through a projection P (see `stitch`) the embedding is E P. A head after an RMSNorm with weight g reads
     W (g * h) sqrt(Ht) / ||h||; for h = P x that is W diag(g) P sqrt(Ht / Hs) behind a norm of the student's width
-    without weight. Through a LayerNorm no head is exact, so it stays fresh.
+    without weight. Through a LayerNorm no head is exact, so it stays fresh. Of an image model the embedding is that of
+    patches, the class token and the positions.
 
     Args:
         student: changed in place.
@@ -242,22 +291,51 @@ def initialize_ends(student: StudentStage, frame: Frame, projection: torch.Tenso
     """
     written: dict[str, torch.Tensor] = {}
     own = dict(student.named_parameters())
-    embedding = frame.model.get_input_embeddings()
-    if student.spec.is_first and embedding is not None:
-        written[_EMBEDDING] = _projected(embedding.weight, projection)
-    head, norm = frame.model.get_output_embeddings(), final_norm(frame)
+    if student.spec.is_first:
+        written |= (_image_embedding if student.kind is _IMAGES else _token_embedding)(frame, projection)
+    head, norm = output_layer(frame), final_norm(frame)
     if student.spec.is_last and head is not None and norm is not None:
+        own_head = student.kind.head
         same_norm = _is_rms(norm) == (student.config.norm_type == "rmsnorm")
         if projection is None and same_norm:
             written |= {f"model.norm.{name}": value for name, value in norm.named_parameters()}
-            written[_HEAD] = head.weight
+            written |= {f"{own_head}.{name}": value for name, value in head.named_parameters()}
         elif projection is not None and same_norm and _is_rms(norm):
             scale = (projection.shape[0] / projection.shape[1]) ** 0.5
-            written[_HEAD] = _projected(head.weight * norm.weight, projection) * scale
+            written[f"{own_head}.weight"] = (
+                _projected(head.weight * cast(torch.Tensor, norm.weight), projection) * scale
+            )
     written = {name: value for name, value in written.items() if name in own and own[name].shape == value.shape}
     for name, value in written.items():
         own[name].copy_(value)
     return sorted(written)
+
+
+def _token_embedding(frame: Frame, projection: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    embedding = frame.model.get_input_embeddings()
+    return {} if embedding is None else {_EMBEDDING: _projected(embedding.weight, projection)}
+
+
+def _image_embedding(frame: Frame, projection: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Patches, class token and positions, which are found by their shapes."""
+    written: dict[str, torch.Tensor] = {}
+    patches = next(module for module in frame.model.modules() if isinstance(module, nn.Conv2d))
+    for name, weight in patches.named_parameters():  # their width is in front
+        turned = _projected(weight.movedim(0, -1), projection).movedim(-1, 0)
+        written[f"model.embed_tokens.projection.{name}"] = turned
+    for tokens in frame.model.parameters():
+        if tokens.ndim == 3 and tokens.shape[:2] == (1, 1):
+            written["model.embed_tokens.class_token"] = _projected(tokens, projection)
+        elif tokens.ndim == 3 and len(tokens) == 1:
+            written["model.embed_positions.weight"] = _projected(tokens[0], projection)
+    return written
+
+
+def output_layer(frame: Frame) -> nn.Linear | None:
+    """The layer that gives the logits: the one that the model declares, or its last linear one; None without any."""
+    declared = frame.model.get_output_embeddings()
+    linears = [module for module in frame.model.modules() if isinstance(module, nn.Linear)]
+    return declared if declared is not None or not linears else linears[-1]
 
 
 def final_norm(frame: Frame) -> nn.Module | None:

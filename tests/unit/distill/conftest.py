@@ -20,10 +20,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from modmoe import ModMoEConfig, ModMoEForCausalLM
+from modmoe import ModMoEConfig, ModMoEForCausalLM, ModMoEVisionConfig
 from modmoe.distill.stages import CutModel, cut
 
 VOCABULARY = 61
+LABELS = 3
 BLOCKS = 5
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -83,12 +84,26 @@ def build(family: str) -> PreTrainedModel:
 def vit() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": BLOCKS, "num_attention_heads": 2, "intermediate_size": 24}
-    config = ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, initializer_range=0.2)
+    sizes |= {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": LABELS}
+    config = ViTConfig(**sizes, initializer_range=0.2)
     return ViTForImageClassification(config).eval()
 
 
 def student_config(**changes) -> ModMoEConfig:
     return ModMoEConfig(**(STUDENT | changes))
+
+
+def vision_config(**changes) -> ModMoEVisionConfig:
+    """A student of the `vit`."""
+    fields = {name: value for name, value in STUDENT.items() if name != "vocab_size"}
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": LABELS}
+    return ModMoEVisionConfig(**(fields | sizes | changes))
+
+
+def pictures(rows: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, LABELS, (rows,), generator=generator)
+    return {"pixel_values": torch.randn(rows, 1, 8, 8, generator=generator), "labels": labels}
 
 
 def text(rows: int = 2, length: int = 10, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modmoe.distill.frame import blocks_name, model_class
 from modmoe.distill.stages import CutModel, Stage, cut, join, load_frame, stage_directory, stages_of
-from tests.unit.distill.conftest import BLOCKS, FAMILIES, build, text, vit
+from tests.unit.distill.conftest import BLOCKS, FAMILIES, build, text
 
 UNEVEN = [(0, 1), (1, 4), (4, 5)]
 
@@ -50,14 +50,6 @@ def test_saved_stages_and_joined_models_compute_the_same(family, tmp_path):
     assert torch.equal(joined(**text()).logits, expected)
     state = joined.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-
-
-@torch.no_grad()
-def test_models_that_are_not_for_language_are_cut_alike(tmp_path):
-    model = vit()
-    images = torch.randn(2, 1, 8, 8)
-    cut(model, UNEVEN).save(tmp_path)
-    assert torch.equal(CutModel.load(tmp_path)(pixel_values=images).logits, model(images).logits)
 
 
 @torch.no_grad()
