@@ -5,11 +5,14 @@
 A dense ViT is trained once. Then, for each seed, a V-MoE of half its depth learns
 
     scratch          end to end from labels
+    teacher's ends   the same, but embedding, positions, final norm and classifier begin as the teacher's
     logit KD         end to end from labels and the teacher's logits
-    m2mKD            stage by stage inside a meta model that is fitted to the teacher, then end to end from labels
+    m2mKD            with the teacher's ends stage by stage inside a meta model that is fitted to the teacher, then end
+                     to end from labels
     m2mKD + logits   the same, then end to end from labels and the teacher's logits
 
-The first two run twice: for as many end-to-end steps as the others, and for as much computation as these need in all.
+The first three run twice: for as many end-to-end steps as the others, and for as much computation as these need in
+all. The second one is what m2mKD has to beat: it tells what modules are worth beyond the weights that they begin with.
 Computation is counted, not timed: parameters that a token passes through, once forward, once backward to what came in
 and once to the weights, in units of a student's step from labels. The teacher's own training is counted for nobody.
 
@@ -26,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,6 +38,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.utils.logging import disable_progress_bar
 
 from modmoe import ModMoEForImageClassification, ModMoEVisionConfig
 from modmoe.distill.assembly import assemble
@@ -43,7 +47,7 @@ from modmoe.distill.objective import Objective, class_targets
 from modmoe.distill.pair import StagePair
 from modmoe.distill.ranges import even_ranges, stage_specs
 from modmoe.distill.stages import CutModel, cut
-from modmoe.distill.student import build_student_stage
+from modmoe.distill.student import build_student_stage, initialize_ends
 from modmoe.losses.distillation import forward_kl
 
 Batch = dict[str, torch.Tensor]
@@ -61,7 +65,7 @@ SIZES = {
 }
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 TUNING_SEED = 100
-STEPS, COMPUTATION = "equal end-to-end steps", "equal computation"
+STEPS, COMPUTATION, BOTH = "equal end-to-end steps", "equal computation", "both"
 
 
 @dataclass(frozen=True)
@@ -75,23 +79,38 @@ class Plan:
     num_experts: int = 4
     batch_size: int = 32
     teacher_steps: int = 1500
-    meta_steps: int = 100
-    module_steps: int = 80
+    meta_steps: int = 50
+    module_steps: int = 40
     """Of each pair, one after another."""
     end_to_end_steps: int = 200
     temperature: float = 1.0
-    hidden_weight: float = 1.0
+    hidden_weight: float = 10.0
     """In the pairs' objective, of what leaves a stage."""
     teacher_rate: float = 1e-3
-    module_rate: float = 2e-3
+    module_rate: float = 4e-3
     """Learning rate of meta model and pairs."""
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3)
     """Learning rates to choose from for training end to end."""
     curve_points: int = 10
 
 
-METHODS = {"scratch": 0.0, "logit KD": 0.5, "m2mKD": 0.0, "m2mKD + logits": 0.5}
-"""Method -> weight of the teacher's logits end to end."""
+@dataclass(frozen=True)
+class Method:
+    """How a student is trained end to end, and what it begins with."""
+
+    alpha: float = 0.0
+    """Weight of the teacher's logits."""
+    start: Literal["fresh", "ends", "modules"] = "fresh"
+
+
+METHODS = {
+    "scratch": Method(),
+    "teacher's ends": Method(start="ends"),
+    "logit KD": Method(alpha=0.5),
+    "m2mKD": Method(start="modules"),
+    "m2mKD + logits": Method(alpha=0.5, start="modules"),
+}
+COMPARED = (("m2mKD", ("scratch", "teacher's ends")), ("m2mKD + logits", ("logit KD",)))
 
 
 class Digits:
@@ -159,10 +178,10 @@ class Run:
             loss_of(batch).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            self.bar.update(1 / steps)
             if watch and (step % every == 0 or step == steps):
                 curve.append((step / steps, evaluate(module, self.digits.parts["validation"])["loss"]))
         module.eval()
+        self.bar.update()
         return curve
 
 
@@ -174,7 +193,7 @@ def schedule(share: float) -> float:
 def get_teacher(run: Run, directory: Path) -> PreTrainedModel:
     """Trained from labels, or read if that was done before."""
     if not (directory / "config.json").is_file():
-        run.bar.set_description("teacher")
+        run.bar.set_description_str("teacher")
         torch.manual_seed(0)
         config = ViTConfig(**SIZES, num_hidden_layers=run.plan.teacher_blocks, intermediate_size=128)
         teacher = ViTForImageClassification(config)
@@ -243,6 +262,7 @@ def teach_modules(run: Run, teacher: PreTrainedModel, seed: int, directory: Path
     saved = []
     for spec in specs:
         stage = build_student_stage(config, spec, seed)
+        initialize_ends(stage, whole.frame)
         pair = StagePair(meta, stage, objective, whole.stages[spec.index], targets_of=class_targets)
         run.train(pair, lambda batch, p=pair: p(**batch)["loss"], plan.module_steps, plan.module_rate, seed)
         saved.append(directory / f"stage_{spec.index}")
@@ -273,7 +293,7 @@ def compute_of_modules(plan: Plan, teacher: CutModel, meta: CutModel, student: M
 
 def compute_of_a_step(method: str, teacher: PreTrainedModel, student: ModMoEForImageClassification) -> float:
     """Of an end-to-end step, in student's steps from labels: the teacher, if it takes part, is run forward."""
-    return 1 + (size(teacher) / (3 * student.num_active_parameters()) if METHODS[method] else 0)
+    return 1 + (size(teacher) / (3 * student.num_active_parameters()) if METHODS[method].alpha else 0)
 
 
 def size(module: nn.Module) -> int:
@@ -281,42 +301,47 @@ def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def build_student(
+    plan: Plan, teacher: PreTrainedModel, method: Method, seed: int, modules: Modules
+) -> ModMoEForImageClassification:
+    """What a method begins with."""
+    if method.start == "modules":
+        return ModMoEForImageClassification.from_pretrained(modules.student)
+    torch.manual_seed(seed)
+    student = ModMoEForImageClassification(student_config(plan))
+    if method.start == "ends":
+        whole = stage_specs([(0, plan.student_blocks)], SIZES["hidden_size"])[0]
+        stage = build_student_stage(student.config, whole, seed)
+        initialize_ends(stage, cut(teacher, 1).frame)
+        student.load_state_dict(stage.state_dict())
+    return student
+
+
 def end_to_end(
-    run: Run, teacher: PreTrainedModel, method: str, steps: int, rate: float, seed: int, start: Path | None
+    run: Run, teacher: PreTrainedModel, method: str, steps: int, rate: float, seed: int, modules: Modules
 ) -> dict[str, Any]:
     """
-    Train a student, fresh or from a directory.
+    Train a student.
 
     Returns:
         losses and accuracies on validation and test images, steps and the curve.
     """
-    torch.manual_seed(seed)
-    student = (
-        ModMoEForImageClassification(student_config(run.plan))
-        if start is None
-        else ModMoEForImageClassification.from_pretrained(start)
-    )
-    loss_of = taught(student, teacher, METHODS[method], run.plan.temperature)
+    student = build_student(run.plan, teacher, METHODS[method], seed, modules)
+    loss_of = taught(student, teacher, METHODS[method].alpha, run.plan.temperature)
     begin = time.process_time()
     curve = run.train(student, loss_of, steps, rate, seed + 1000, watch=True)
     parts = {name: evaluate(student, run.digits.parts[name]) for name in ("validation", "test")}
     return parts | {"steps": steps, "rate": rate, "curve": curve, "cpu_seconds": time.process_time() - begin}
 
 
-def is_modular(method: str) -> bool:
-    """Whether a method begins with modules."""
-    return method.startswith("m2mKD")
-
-
 def tune(run: Run, teacher: PreTrainedModel, directory: Path) -> dict[str, dict[str, float]]:
     """Method -> learning rate -> cross entropy on validation images, with a seed of its own."""
-    run.bar.set_description("learning rates")
+    run.bar.set_description_str("learning rates")
     modules = teach_modules(run, teacher, TUNING_SEED, directory)
     found: dict[str, dict[str, float]] = {}
     for method in METHODS:
-        start = modules.student if is_modular(method) else None
         for rate in run.plan.rates:
-            result = end_to_end(run, teacher, method, run.plan.end_to_end_steps, rate, TUNING_SEED, start)
+            result = end_to_end(run, teacher, method, run.plan.end_to_end_steps, rate, TUNING_SEED, modules)
             found.setdefault(method, {})[str(rate)] = result["validation"]["loss"]
     return found
 
@@ -325,26 +350,22 @@ def run_seed(
     run: Run, teacher: PreTrainedModel, rates: dict[str, float], seed: int, directory: Path
 ) -> dict[str, Any]:
     """All methods with one seed."""
-    run.bar.set_description(f"seed {seed}")
+    run.bar.set_description_str(f"seed {seed}")
     modules = teach_modules(run, teacher, seed, directory)
     student = ModMoEForImageClassification.from_pretrained(modules.student)
     short = run.plan.end_to_end_steps
     rows = []
-    for method in METHODS:
-        step = compute_of_a_step(method, teacher, student)
-        # Nothing is before the end-to-end steps of the others: they may take more of them.
-        views = (
-            {STEPS: short}
-            if is_modular(method)
-            else {STEPS: short, COMPUTATION: short + round(modules.compute / step)}
-        )
+    for name, method in METHODS.items():
+        step = compute_of_a_step(name, teacher, student)
+        before, views = 0.0, {STEPS: short, COMPUTATION: short + round(modules.compute / step)}
+        if method.start == "modules":
+            before, views = modules.compute, {BOTH: short}
         for view, steps in views.items():
-            start, before = (modules.student, modules.compute) if is_modular(method) else (None, 0.0)
-            result = end_to_end(run, teacher, method, steps, rates[method], seed, start)
+            result = end_to_end(run, teacher, name, steps, rates[name], seed, modules)
             result["curve"] = [(before + share * steps * step, loss) for share, loss in result["curve"]]
-            rows.append({"method": method, "view": view, "compute": before + steps * step} | result)
-    kept = {name: value for name, value in asdict(modules).items() if name != "student"}
-    return {"seed": seed, "modules": kept, "rows": rows}
+            rows.append({"method": name, "view": view, "compute": before + steps * step} | result)
+    measured = {name: value for name, value in asdict(modules).items() if name != "student"}
+    return {"seed": seed, "modules": measured, "rows": rows}
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -362,6 +383,16 @@ def write(path: Path, text: str) -> None:
     os.replace(half_done, path)
 
 
+def trainings_left(plan: Plan, out: Path) -> int:
+    """How many trainings have to be run; a meta model and every pair are one each."""
+    modules = 1 + plan.num_stages
+    count = 0 if (out / "teacher").is_dir() else 1
+    count += 0 if (out / "tuning.json").is_file() else modules + len(METHODS) * len(plan.rates)
+    views = sum(1 if method.start == "modules" else 2 for method in METHODS.values())
+    seeds = [seed for seed in range(plan.num_seeds) if not (out / f"seed_{seed}.json").is_file()]
+    return count + len(seeds) * (modules + views)
+
+
 def main(plan: Plan, out: Path, results: Path) -> None:
     """
     Everything, in order; what is done already is read from `out`.
@@ -373,9 +404,7 @@ def main(plan: Plan, out: Path, results: Path) -> None:
         raise ValueError(
             f"{out} holds the work of another plan ({out / 'plan.json'}): remove it, or give another --out"
         )
-    each = 1 + plan.num_stages
-    trainings = 1 + each + len(METHODS) * len(plan.rates) + plan.num_seeds * (each + 6)
-    with tqdm(total=trainings, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}") as bar:
+    with tqdm(total=trainings_left(plan, out), unit="training") as bar:
         run = Run(Digits(), plan, bar)
         teacher = get_teacher(run, out / "teacher")
         tuning = kept(out / "tuning.json", lambda: tune(run, teacher, out / "tuning"))
@@ -428,20 +457,19 @@ def table(content: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in content["summary"]:
-        view = "both" if is_modular(row["method"]) else row["view"]
         accuracy = plus_minus(row["test_accuracy"], 1, 100)
         lines.append(
-            f"| {row['method']} | {view} | {row['steps']} | {row['compute']:.0f} | {row['rate']:g} | "
+            f"| {row['method']} | {row['view']} | {row['steps']} | {row['compute']:.0f} | {row['rate']:g} | "
             f"{accuracy} | {plus_minus(row['test_loss'], 3)} |"
         )
-    lines += ["", "Seed by seed, test loss against the baseline that sees the same targets:", ""]
-    for method, baseline in (("m2mKD", "scratch"), ("m2mKD + logits", "logit KD")):
+    lines += ["", "Seed by seed, test loss against baselines that see the same targets:", ""]
+    for method, baselines in COMPARED:
         ours = next(row for row in content["summary"] if row["method"] == method)
-        for other in (row for row in content["summary"] if row["method"] == baseline):
+        for other in (row for row in content["summary"] if row["method"] in baselines):
             pairs = list(zip(ours["test_loss"]["values"], other["test_loss"]["values"], strict=True))
             gains = [theirs - mine for mine, theirs in pairs]
             lines.append(
-                f"- {method} against {baseline}, {other['view']}: lower by {statistics.fmean(gains):+.3f} ± "
+                f"- {method} against {other['method']}, {other['view']}: lower by {statistics.fmean(gains):+.3f} ± "
                 f"{spread(gains):.3f}, in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds."
             )
     modules = [seed["modules"] for seed in seeds]
@@ -452,9 +480,9 @@ def table(content: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"Teacher: {100 * teacher['test']['accuracy']:.1f} % of test images, loss {teacher['test']['loss']:.3f}. Loss on "
-        f"validation images: teacher {teacher['validation']['loss']:.3f}; meta model alone {meta['loss']:.3f}, with a "
-        f"stage of the teacher in it {', '.join(hybrids)}; assembled student before it is trained end to end "
+        f"Teacher: {100 * teacher['test']['accuracy']:.1f} % of test images, loss {teacher['test']['loss']:.3f}. Loss "
+        f"on validation images: teacher {teacher['validation']['loss']:.3f}; meta model alone {meta['loss']:.3f}, "
+        f"with a stage of the teacher in it {', '.join(hybrids)}; assembled student before it is trained end to end "
         f"{assembled['loss']:.3f} ({100 * assembled['accuracy']:.1f} %).",
         "",
         f"Meta model: {plan['meta_steps']} steps; each of {plan['num_stages']} pairs: {plan['module_steps']} steps.",
@@ -467,11 +495,11 @@ def table(content: dict[str, Any]) -> str:
 def draw(seeds: list[dict[str, Any]], path: Path) -> None:
     """Validation loss over computation: mean of all seeds, and from the lowest to the highest."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = dict(zip(METHODS, ("tab:gray", "tab:blue", "tab:orange", "tab:red"), strict=True))
+    colours = dict(zip(METHODS, ("tab:gray", "tab:green", "tab:blue", "tab:orange", "tab:red"), strict=True))
     for number, first in enumerate(seeds[0]["rows"]):
         curves = torch.tensor([seed["rows"][number]["curve"] for seed in seeds])
         x, y = curves[0, :, 0], curves[:, :, 1]
-        name, short = first["method"], first["view"] == STEPS and not is_modular(first["method"])
+        name, short = first["method"], first["view"] == STEPS
         axes.plot(x, y.mean(0), color=colours[name], linestyle=":" if short else "-", label=None if short else name)
         axes.fill_between(x, y.amin(0), y.amax(0), color=colours[name], alpha=0.15, linewidth=0)
     axes.set(xlabel="computation (student's steps from labels)", ylabel="validation loss (nats)", yscale="log")
@@ -487,4 +515,5 @@ if __name__ == "__main__":
     parser.add_argument("--results", type=Path, default=RESULTS, help="where table, curve and numbers go")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    disable_progress_bar()  # of transformers, for every model that is read or written
     main(Plan(), arguments.out, arguments.results)

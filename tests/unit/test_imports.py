@@ -28,7 +28,7 @@ ALLOWED = {
 ONLY = {"ops": {"torch"}, "losses": {"torch"}, "layers": {"torch", "transformers"}}
 # Optional stacks, each imported by the files that are named after it alone.
 OPTIONAL = {"triton": "_triton"}
-OUTSIDERS = {"train", "tools", "tests"}
+OUTSIDERS = {"train", "tools", "tests", "experiments"}
 
 
 def imports(path: Path) -> list[str]:

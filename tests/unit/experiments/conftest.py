@@ -1,0 +1,6 @@
+"""experiments/ is no package: its programs find their parts beside themselves, and so must the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "experiments"))
