@@ -16,6 +16,9 @@ all. The second one is what m2mKD has to beat: it tells what modules are worth b
 Computation is counted, not timed: parameters that a token passes through, once forward, once backward to what came in
 and once to the weights, in units of a student's step from labels. The teacher's own training is counted for nobody.
 
+Teacher's stages that are worse inside the meta model than the meta model alone are reported, not refused: a meta model
+that is fitted for longer teaches no better here, and is paid for.
+
 Each method has the learning rate that is best on the validation images, with a seed of its own. Test images
 are looked at once, after training. Work that is done is kept in --out, seed by seed, and not done again.
 """
@@ -462,15 +465,16 @@ def table(content: dict[str, Any]) -> str:
             f"| {row['method']} | {row['view']} | {row['steps']} | {row['compute']:.0f} | {row['rate']:g} | "
             f"{accuracy} | {plus_minus(row['test_loss'], 3)} |"
         )
-    lines += ["", "Seed by seed, test loss against baselines that see the same targets:", ""]
+    lines += ["", "Difference in test loss, seed by seed, from baselines that see the same targets:", ""]
     for method, baselines in COMPARED:
         ours = next(row for row in content["summary"] if row["method"] == method)
         for other in (row for row in content["summary"] if row["method"] in baselines):
-            pairs = list(zip(ours["test_loss"]["values"], other["test_loss"]["values"], strict=True))
-            gains = [theirs - mine for mine, theirs in pairs]
+            changes = [
+                mine - theirs for mine, theirs in zip(*(r["test_loss"]["values"] for r in (ours, other)), strict=True)
+            ]
             lines.append(
-                f"- {method} against {other['method']}, {other['view']}: lower by {statistics.fmean(gains):+.3f} ± "
-                f"{spread(gains):.3f}, in {sum(gain > 0 for gain in gains)} of {len(gains)} seeds."
+                f"- {method} against {other['method']}, {other['view']}: {statistics.fmean(changes):+.3f} ± "
+                f"{spread(changes):.3f}, lower in {sum(change < 0 for change in changes)} of {len(changes)} seeds."
             )
     modules = [seed["modules"] for seed in seeds]
     hybrids = [f"{statistics.fmean(m['hybrids'][index] for m in modules):.3f}" for index in modules[0]["hybrids"]]
