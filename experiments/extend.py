@@ -22,7 +22,7 @@ C = "{name: c, embedded: c, max_bytes: 4000000, weight: 0.5}"
 PYTHON = "{name: python, embedded: python, weight: 0.4}"
 ENGLISH = "{name: english, embedded: english, weight: 0.1}"
 RECIPES = {"lifelong": f"[{C}]", "joint": f"[{C}, {PYTHON}, {ENGLISH}]"}
-LEARNING_RATES = {"extension": 3e-3, "lora": 3e-3, "full": 1e-3}
+LEARNING_RATES = {"extension": 3e-3, "lora": 1e-2, "full": 3e-3}
 LORA_RANK = 20  # 660,480 parameters; the extension has 642,048
 TITLES = {"extension": "extension", "lora": "LoRA", "full": "full fine-tuning"}
 

@@ -32,14 +32,14 @@ NAME = "specialise_and_prune"
 ROUTER_LOSSES = {
     "mutual-information": None,
     "none": "{type: none, coefficient: 0}",
-    "concentration": "{type: concentration, coefficient: 0.02, warmup_steps: %d}",
+    "concentration": "{type: concentration, coefficient: 0.5, warmup_steps: %d}",
 }
 METRICS = ("frequency", "gate", "reap", "random")
 RANDOM_DRAWS = 3
 KEEPS = (0.75, 0.5, 0.375, 0.25)
 FURTHER_TRAINED = ("mutual-information", "concentration")
 FURTHER_PRUNED = (0.5, 0.25)
-FURTHER = {"optimization__steps": 200, "optimization__learning_rate": 5e-4}
+FURTHER = {"optimization__steps": 500, "optimization__learning_rate": 1e-3}
 
 
 class Models:
@@ -60,7 +60,7 @@ class Models:
 
     def recovered(self, loss: str, keep: float) -> Path:
         """Experts go on the way, and the specialised model teaches."""
-        pruning = f"{{keep: {keep}, steps: 100, every: 10}}"
+        pruning = f"{{keep: {keep}, steps: 250, every: 10}}"
         init = self.specialised(loss)
         return self._tune(f"{loss}-recovered-{keep}", loss, init, finetuning__pruning=pruning, **FURTHER)
 
@@ -167,7 +167,7 @@ def table(results: list[Values]) -> str:
             lines.append(f"| {loss} | {metric} | {whole} | " + " | ".join(row) + " |")
     lines += [
         "",
-        "After 200 further steps, against the specialised model before them and the unpruned model after them:",
+        "After 500 further steps, against the specialised model before them and the unpruned model after them:",
         "",
         "| router loss | experts kept | how | % against before | % against unpruned, as long |",
         "|---|---|---|---|---|",
