@@ -93,7 +93,13 @@ class Jobs:
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / LOG).open("ab") as log:
             self._running[stage] = subprocess.Popen(
-                self._command(stage), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(stage),
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # Else a terminal gives them Ctrl-C as well, and at the second one they leave without saving.
+                start_new_session=True,
             )
         self._view.update(stage, "starting")
 

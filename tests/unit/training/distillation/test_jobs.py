@@ -72,6 +72,13 @@ def test_a_signal_reaches_the_processes_and_starts_no_more(tmp_path):
     assert not (tmp_path / "2").exists()
 
 
+def test_a_terminal_interrupts_them_once(tmp_path):
+    """By this process, which passes Ctrl-C on; a second one would keep them from saving."""
+    assert jobs(tmp_path, "import os; print(os.getsid(0), os.getpid())").run([0]) == 0
+    session, pid = (tmp_path / "0" / "log.txt").read_text().split()
+    assert session == pid
+
+
 def test_each_process_is_a_team_of_its_own(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
