@@ -2,14 +2,13 @@
 
 Per token of a top-k cache: 8 k + 4 bytes of logits (fp32 and int32), and the width times its element size for each
 boundary. One file per batch as it was written; `cache.json` names the complete ones, so that writing goes on after an
-interruption with the batch that was not finished.
+interruption with the examples that are not in one.
 """
 
 import bisect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +46,6 @@ class SignalCache:
         self._bytes = sum(self._path(number).stat().st_size for number in range(len(self._ends)))
         self._open: dict[int, Any] = {}
 
-    @property
-    def num_batches(self) -> int:
-        """Batches that are complete."""
-        return len(self._ends)
-
     def __len__(self) -> int:
         """Examples that are complete."""
         return self._ends[-1] if self._ends else 0
@@ -72,7 +66,7 @@ class SignalCache:
                 f"{size:,}, and max_bytes={self.max_bytes:,}: raise it, lower top_k, keep fewer boundaries, or take "
                 "the teacher's signals on line"
             )
-        path = self._path(self.num_batches)
+        path = self._path(len(self._ends))
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary)
         os.replace(temporary, path)
@@ -82,13 +76,13 @@ class SignalCache:
 
     def fill(self, batches: Iterable[Batch], signals_of: Callable[[Batch], TeacherSignals]) -> None:
         """
-        Write the signals of all batches that are not there yet.
+        Write the signals of all examples that are not there yet.
 
         Args:
-            batches: all of them, in the order in which they were and will be written.
+            batches: those that follow the first `len(self)` examples, which may have been written in other batches.
             signals_of: asks the teacher.
         """
-        for batch in islice(batches, self.num_batches, None):
+        for batch in batches:
             with torch.no_grad():
                 self.append(signals_of(batch))
 

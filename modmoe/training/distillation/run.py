@@ -13,6 +13,7 @@ from modmoe.distill.meta import PRETRAIN, HybridReport, Incubation, MetaFit, bui
 from modmoe.distill.pair import StagePair
 from modmoe.distill.seeds import stage_random_state
 from modmoe.distill.stages import CutModel, Stage, load_frame
+from modmoe.surgery.fingerprint import checkpoint_fingerprint
 from modmoe.training.checkpoints.output_dir import FINAL, claim_output_dir, is_finished, locked, save_run_file
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.costs import measured
@@ -35,7 +36,7 @@ from modmoe.training.distillation.student import (
     started_stage,
     untrained_student,
 )
-from modmoe.training.distillation.teacher import CutTeacher, cut_teacher, open_teacher
+from modmoe.training.distillation.teacher import CutTeacher, cut_teacher, open_teacher, parts_identity
 from modmoe.training.distillation.trainer import JobTrainer
 from modmoe.training.errors import ConfigError
 from modmoe.training.finetuning.run import finetune
@@ -251,7 +252,11 @@ class Distillation:
             pair = StagePair(meta, student, section.objective.objective(), teacher, section.stitch, projection)
         signals = None
         if section.signals.cache:
-            identity = {"teacher": self._cut.identity, "meta": run.distillation["meta"], "stage": index}
+            identity = {
+                "teacher": checkpoint_fingerprint(self._teacher_stage(index)),
+                "meta": parts_identity(self._places.meta),
+                "stage": index,
+            }
             directory = run.output_dir / "signals"
             signals = CachedSignals(directory, pair, identity, section.signals.top_k, section.signals.max_bytes)
         return Job(pair, f"stage {index} of {len(self._stages)}", signals)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from modmoe.distill.pair import StagePair
 from modmoe.distill.signals import TeacherSignals, top_k
 from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.errors import ConfigError, RunError
+from modmoe.training.run_config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +55,18 @@ class CachedSignals:
         self._top_k = top_k
         self._max_bytes = max_bytes
 
-    def attach(self, data: Any, output_dir: Path, batch_size: int, world_size: int) -> "WithSignals":
+    def attach(self, data: Any, run: RunConfig, world_size: int) -> "WithSignals":
         """
         Write what is missing, put the signals beside the text, and let the teacher go.
 
         Args:
             data: the training text.
-            output_dir: of the run, for messages.
-            batch_size: blocks that the teacher reads at a time.
+            run: as which the pair is trained; the teacher reads as many blocks at a time.
             world_size: processes of this run.
 
         Raises:
-            ConfigError: for text that is streamed, a cache of something else, or one that would be too large.
+            ConfigError: for text that is streamed, a cache of something else that may not be overwritten, or one that
+                would be too large.
             RunError: if it is incomplete and several processes would write it.
         """
         if not isinstance(data, MixtureDataset):
@@ -73,9 +75,10 @@ class CachedSignals:
         first = {data.locate(i): i for i in reversed(range(len(data)))}
         blocks = sorted(first, key=lambda block: first[block])
         examples = [first[block] for block in blocks]
+        size = run.optimization.micro_batch_size
         try:
             self._check_size(len(blocks), len(data[0]["input_ids"]))
-            cache = SignalCache(self._directory, self._identity | {"text": _digest(data, examples)}, self._max_bytes)
+            cache = self._open(self._identity | {"text": _digest(data, examples)}, run.overwrite_output)
             if len(cache) < len(blocks):
                 if world_size > 1:
                     raise RunError(
@@ -83,13 +86,22 @@ class CachedSignals:
                         "write it first, or set distillation.pairs.signals.cache to false"
                     )
                 logger.info("writing the teacher's signals of %d blocks to %s", len(blocks), self._directory)
-                chunks = (examples[at : at + batch_size] for at in range(0, len(blocks), batch_size))
-                with writing(self._directory, output_dir):
+                chunks = (examples[at : at + size] for at in range(len(cache), len(blocks), size))
+                with writing(self._directory, run.output_dir):
                     cache.fill((collate_packed([data[i] for i in chunk]) for chunk in chunks), self._ask)
         except ValueError as error:
             raise ConfigError(f"distillation.pairs.signals: {error}") from None
         self._pair.forget_teacher()
         return WithSignals(data, cache, {block: row for row, block in enumerate(blocks)})
+
+    def _open(self, identity: Mapping[str, Any], overwrite: bool) -> SignalCache:
+        try:
+            return SignalCache(self._directory, identity, self._max_bytes)
+        except ValueError as error:
+            if not overwrite:
+                raise ValueError(f"{error}, or pass --overwrite_output true") from None
+        shutil.rmtree(self._directory)
+        return SignalCache(self._directory, identity, self._max_bytes)
 
     def _check_size(self, num_blocks: int, length: int) -> None:
         width = self._pair.spec.input_width

@@ -62,7 +62,7 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
     parts.save(temporary)
     tokenizer.save_pretrained(temporary / places.frame.name)
     content = {
-        "identity": _identity(temporary),
+        "identity": parts_identity(temporary),
         "teacher": run.teacher,
         "source": _source(run.teacher),
         "stages": _cut_settings(run),
@@ -187,7 +187,8 @@ def _source(name: str) -> dict[str, str] | None:
     return checkpoint_fingerprint(directory) if (directory / "config.json").is_file() else None
 
 
-def _identity(directory: Path) -> str:
+def parts_identity(directory: Path) -> str:
+    """Of a frame and stages that lie in a directory: changes with their weights and configs."""
     digest = hashlib.sha256()
     for part in sorted(path for path in directory.iterdir() if path.is_dir()):
         digest.update(json.dumps([part.name, checkpoint_fingerprint(part)]).encode())

@@ -21,8 +21,7 @@ class JobTrainer(ModMoETrainer):
     ) -> None:
         model.to(args.device)
         if model.signals is not None:
-            size = run.optimization.micro_batch_size
-            train: Any = model.signals.attach(data.train, run.output_dir, size, args.world_size)
+            train: Any = model.signals.attach(data.train, run, args.world_size)
             data = dataclasses.replace(data, train=train)
         super().__init__(model, args, run, data, facts)  # type: ignore[arg-type]
 

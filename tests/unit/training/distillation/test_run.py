@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modmoe.distill.cache import SignalCache
 from modmoe.distill.meta import HybridReport
 from modmoe.distill.stages import CutModel, Stage
 from modmoe.training.callbacks import Stop, read_metrics
@@ -200,6 +201,52 @@ def test_cached_signals_teach_what_the_teacher_teaches(unfinished, finished, mak
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     content = json.loads((Places(out).pair_run(1) / "signals" / "cache.json").read_text())
     assert content["ends"][-1] < 16 * 4
+
+
+CACHED = {"stage": 1, "distillation.pairs.signals": {"cache": True, "top_k": 16}}
+
+
+def signals_on_disk(out):
+    """Of every example, in order."""
+    files = sorted((Places(out).pair_run(1) / "signals").glob("*.safetensors"))
+    parts = [load_file(file) for file in files]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_a_cache_is_written_on_in_batches_of_another_size(unfinished, make, monkeypatch):
+    append = SignalCache.append
+
+    def die(cache, signals):
+        if len(cache) == 4:
+            raise KeyboardInterrupt
+        append(cache, signals)
+
+    whole = shutil.copytree(unfinished, unfinished.with_name("whole"))
+    assert distill(make(whole, CACHED), SCRIPT) == 0
+    monkeypatch.setattr(SignalCache, "append", die)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make(unfinished, CACHED), SCRIPT)
+    monkeypatch.setattr(SignalCache, "append", append)
+    ones = {"optimization.micro_batch_size": 1, "optimization.gradient_accumulation": 4}
+    assert distill(make(unfinished, CACHED | ones), SCRIPT) == 0
+    expected = signals_on_disk(whole)
+    for name, tensor in signals_on_disk(unfinished).items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_a_cache_is_that_of_the_meta_model_as_it_is(unfinished, make):
+    """Another one makes it worthless: refused, and written again where the run may overwrite what it finds."""
+    assert distill(make(unfinished, CACHED), SCRIPT) == 0
+    before = signals_on_disk(unfinished)
+    shutil.rmtree(Places(unfinished).pair_run(1) / "final")
+    for checkpoint in Places(unfinished).pair_run(1).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    weights_file = Places(unfinished).meta / "stage_00" / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights_file).items()}, weights_file)
+    with pytest.raises(ConfigError, match="was written for meta=.* --overwrite_output true"):
+        distill(make(unfinished, CACHED), SCRIPT)
+    assert distill(make(unfinished, CACHED | {"overwrite_output": True}), SCRIPT) == 0
+    assert not signals_on_disk(unfinished)["boundary_1"].equal(before["boundary_1"])
 
 
 def test_incubated_stages_teach(make, tmp_path):
