@@ -46,6 +46,8 @@ class Jobs:
         self._view = view
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._codes: dict[int, int] = {}
+        self._devices: dict[int, str] = {}
+        self._logged: dict[int, int] = {}
         self._signal = 0
 
     def run(self, stages: Sequence[int]) -> int:
@@ -83,7 +85,7 @@ class Jobs:
             stage = min(failed)
             log = self._directory(stage) / LOG
             raise RunError(
-                f"training of stage {', '.join(map(str, sorted(failed)))} failed; stage {stage}: {_last_line(log)} "
+                f"training of stage {', '.join(map(str, sorted(failed)))} failed; stage {stage}: {_last_line(log, self._logged[stage])} "
                 f"(exit code {failed[stage]}, {log})"
             )
         return 0
@@ -92,9 +94,10 @@ class Jobs:
         directory = self._directory(stage)
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / LOG).open("ab") as log:
+            self._logged[stage] = log.tell()
             self._running[stage] = subprocess.Popen(
                 self._command(stage),
-                env=self._environment(),
+                env=self._environment(stage),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -103,21 +106,22 @@ class Jobs:
             )
         self._view.update(stage, "starting")
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, stage: int) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_A_TEAM}
         # Makes it watch this process and save if that dies, as under a launcher.
         environment["CROSS_RANK"] = "0"
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._limit)))
         if torch.cuda.device_count() > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = self._free_device()
+            self._devices[stage] = environment["CUDA_VISIBLE_DEVICES"] = self._free_device()
         return environment
 
     def _free_device(self) -> str:
-        """One after another; each process sees one."""
+        """One on which fewest processes run; each process sees one."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-        return devices[(len(self._codes) + len(self._running)) % len(devices)]
+        taken = [self._devices[stage] for stage in self._running]
+        return min(devices, key=taken.count)
 
     def _state(self, stage: int, process: subprocess.Popen[bytes], code: int | None) -> str:
         if code is not None:
@@ -172,7 +176,8 @@ class ProgressView:
         self._drawn = True
 
 
-def _last_line(log: Path) -> Any:
-    lines = log.read_text(errors="replace").strip().splitlines()
+def _last_line(log: Path, start: int) -> Any:
+    """Of what was written from a byte on; before it are earlier launches."""
+    lines = log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")

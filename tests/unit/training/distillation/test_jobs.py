@@ -53,6 +53,26 @@ def test_a_process_that_fails_is_named_once_the_others_have_ended(tmp_path):
     assert all((tmp_path / str(stage) / "log.txt").is_file() for stage in (0, 1, 2))
 
 
+def test_only_what_this_launch_said_is_its_error(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "log.txt").write_text("error: no text left\n")
+    with pytest.raises(RunError, match=r"stage 1: it said nothing \(exit code 9"):
+        jobs(tmp_path, "import sys; sys.exit({stage} and 9)").run([0, 1])
+
+
+def test_a_device_that_has_become_free_is_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    code = f"""
+import os, time
+while {{stage}} == 0 and not os.path.exists({str(tmp_path / "2" / "log.txt")!r}):
+    time.sleep(0.05)
+print(os.environ['CUDA_VISIBLE_DEVICES'])
+"""
+    assert jobs(tmp_path, code).run([0, 1, 2]) == 0
+    assert [(tmp_path / str(stage) / "log.txt").read_text() for stage in (0, 1, 2)] == ["3\n", "5\n", "5\n"]
+
+
 def test_a_signal_reaches_the_processes_and_starts_no_more(tmp_path):
     code = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143)); print('', flush=True); time.sleep(30)"
