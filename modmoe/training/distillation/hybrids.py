@@ -13,6 +13,7 @@ from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.distill.meta import HybridReport, evaluate_hybrids
 from modmoe.distill.stages import CutModel, Stage
 from modmoe.distill.stitch import principal_projection
+from modmoe.models.safetensors_stream import open_safetensors
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.distillation.student import PROJECTION
@@ -23,8 +24,19 @@ _PROJECTION_BLOCKS = 64
 Tensors = dict[str, torch.Tensor]
 
 
+def projection_basis(run: DistillRun, width: int) -> dict[str, str]:
+    """What the projection follows from, beside the teacher."""
+    data = run.data.model_dump(mode="json", exclude={"cache_dir", "workers"})
+    return {"basis": json.dumps({"width": width, "seed": run.seed, "data": data})}
+
+
+def has_projection(places: Places, basis: dict[str, str]) -> bool:
+    """Whether it is there, and follows from this."""
+    return places.projection.is_file() and open_safetensors(places.projection).metadata() == basis
+
+
 @torch.no_grad()
-def write_projection(places: Places, data: PreparedData, width: int, batch_size: int) -> None:
+def write_projection(places: Places, data: PreparedData, width: int, batch_size: int, basis: dict[str, str]) -> None:
     """Find the student's width of principal directions in the teacher's boundaries on the first training blocks."""
     teacher = CutModel.load(places.teacher).to(device_type())
     states = (
@@ -33,7 +45,7 @@ def write_projection(places: Places, data: PreparedData, width: int, batch_size:
         for boundary in teacher(**batch).boundaries
     )
     temporary = places.projection.with_suffix(".tmp")
-    save_file({PROJECTION: principal_projection(states, width).cpu()}, temporary)
+    save_file({PROJECTION: principal_projection(states, width).cpu()}, temporary, metadata=basis)
     temporary.rename(places.projection)
 
 

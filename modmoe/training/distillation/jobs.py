@@ -84,8 +84,9 @@ class Jobs:
         if failed:
             stage = min(failed)
             log = self._directory(stage) / LOG
+            reason = _last_line(log, self._logged[stage])
             raise RunError(
-                f"training of stage {', '.join(map(str, sorted(failed)))} failed; stage {stage}: {_last_line(log, self._logged[stage])} "
+                f"training of stage {', '.join(map(str, sorted(failed)))} failed; stage {stage}: {reason} "
                 f"(exit code {failed[stage]}, {log})"
             )
         return 0

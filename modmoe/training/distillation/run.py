@@ -19,8 +19,10 @@ from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.costs import measured
 from modmoe.training.distillation.hybrids import (
     check_hybrids,
+    has_projection,
     hybrid_table,
     measure_hybrids,
+    projection_basis,
     read_hybrids,
     write_projection,
 )
@@ -35,6 +37,7 @@ from modmoe.training.distillation.student import (
     load_projection,
     started_stage,
     untrained_student,
+    wants_projection,
 )
 from modmoe.training.distillation.teacher import CutTeacher, cut_teacher, open_teacher, parts_identity
 from modmoe.training.distillation.trainer import JobTrainer
@@ -149,13 +152,13 @@ class Distillation:
         return self._pairs()
 
     def _project(self) -> None:
-        """Nothing between equal widths; stitches of kind "linear" learn their own way."""
-        if not self._cut.needs_projection or self._run.distillation.pairs.stitch != "projection":
+        if not wants_projection(self._run, self._cut):
             return
-        width, there = self._cut.student.hidden_size, load_projection(self._places)
-        if there is None or there.shape[1] != width:
+        width = self._cut.student.hidden_size
+        basis = projection_basis(self._run, width)
+        if not has_projection(self._places, basis):
             data = prepare_run_data(self._runs.pair(0))
-            write_projection(self._places, data, width, self._run.optimization.micro_batch_size)
+            write_projection(self._places, data, width, self._run.optimization.micro_batch_size, basis)
 
     def _measure(self) -> None:
         report = read_hybrids(self._places)
@@ -247,7 +250,7 @@ class Distillation:
             "stage %d starts with %s", index, f"the teacher's {', '.join(taken)}" if taken else "fresh weights"
         )
         section = self._run.distillation.pairs
-        projection = load_projection(self._places) if section.stitch == "projection" else None
+        projection = load_projection(self._run, self._cut, self._places)
         with stage_random_state(run.seed, "stitches", index):
             pair = StagePair(meta, student, section.objective.objective(), teacher, section.stitch, projection)
         signals = None

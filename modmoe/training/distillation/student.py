@@ -21,9 +21,29 @@ from modmoe.training.errors import ConfigError
 PROJECTION = "projection"
 
 
-def load_projection(places: Places) -> torch.Tensor | None:
-    """(teacher width, student width); None where there is none."""
-    return load_file(places.projection)[PROJECTION] if places.projection.is_file() else None
+def wants_projection(run: DistillRun, cut: CutTeacher) -> bool:
+    """Not between equal widths; stitches of kind "linear" learn their own way."""
+    return cut.needs_projection and run.distillation.pairs.stitch == "projection"
+
+
+def load_projection(run: DistillRun, cut: CutTeacher, places: Places) -> torch.Tensor | None:
+    """
+    (teacher width, student width); None where none is wanted.
+
+    Raises:
+        ConfigError: if it is not there, or for another width.
+    """
+    if not wants_projection(run, cut):
+        return None
+    projection = load_file(places.projection)[PROJECTION] if places.projection.is_file() else None
+    wanted = (cut.width, cut.student.hidden_size)
+    if projection is None or projection.shape != wanted:
+        found = "is missing" if projection is None else f"is of shape {tuple(projection.shape)}, not {wanted}"
+        raise ConfigError(
+            f"{places.projection} {found}: run the same command without --stage first, or copy the file from where it "
+            "ran"
+        )
+    return projection
 
 
 def fresh_stage(run: DistillRun, cut: CutTeacher, index: int) -> StudentStage:
@@ -41,7 +61,7 @@ def started_stage(
     Raises:
         ConfigError: if it cannot have what the section `initialization` says.
     """
-    student, projection = fresh_stage(run, cut, index), load_projection(places)
+    student, projection = fresh_stage(run, cut, index), load_projection(run, cut, places)
     section = run.distillation.initialization
     if cut.needs_projection and projection is None:  # stitches of kind "linear": there is no way between the widths
         if section.ffn != "fresh":

@@ -249,6 +249,34 @@ def test_a_cache_is_that_of_the_meta_model_as_it_is(unfinished, make):
     assert not signals_on_disk(unfinished)["boundary_1"].equal(before["boundary_1"])
 
 
+def test_a_projection_that_was_left_behind_is_of_no_meaning_to_linear_stitches(unfinished, make):
+    linear = {"stage": 0, "distillation.pairs.stitch": "linear", "distillation.initialization.ffn": "fresh"}
+    linear |= {"distillation.pairs.optimization": {"steps": 1}}
+    fresh = shutil.copytree(unfinished, unfinished.with_name("fresh"))
+    Places(fresh).projection.unlink()
+    for out in (unfinished, fresh):
+        assert distill(make(out, linear), SCRIPT) == 0
+    assert_same(weights(unfinished, 0), weights(fresh, 0))
+
+
+def test_a_projection_is_that_of_the_runs_text_and_seed(unfinished, make):
+    path = Places(unfinished).projection
+    digests_of = {}
+    for seed in (0, 0, 1):
+        distillation = running.Distillation(make(unfinished, {"seed": seed}), SCRIPT)
+        distillation._open_teacher()
+        distillation._project()
+        digests_of.setdefault(seed, set()).add(path.read_bytes())
+    assert [len(found) for found in digests_of.values()] == [1, 1]
+    assert digests_of[0] != digests_of[1]
+
+
+def test_a_stage_needs_the_projection(unfinished, make):
+    Places(unfinished).projection.unlink()
+    with pytest.raises(ConfigError, match=r"projection.safetensors is missing: run the same command without --stage"):
+        distill(make(unfinished, {"stage": 0}), SCRIPT)
+
+
 def test_incubated_stages_teach(make, tmp_path):
     changes = {"distillation.meta.method": "incubate", "distillation.pairs.stitch": "linear", "optimization.steps": 1}
     changes |= {"distillation.initialization.ffn": "fresh", "distillation.meta.optimization": {}}
