@@ -14,6 +14,7 @@ from modmoe.distill.meta import HybridReport, evaluate_hybrids
 from modmoe.distill.stages import CutModel, Stage
 from modmoe.distill.stitch import principal_projection
 from modmoe.models.safetensors_stream import open_safetensors
+from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.distillation.student import PROJECTION
@@ -45,8 +46,10 @@ def write_projection(places: Places, data: PreparedData, width: int, batch_size:
         for boundary in teacher(**batch).boundaries
     )
     temporary = places.projection.with_suffix(".tmp")
-    save_file({PROJECTION: principal_projection(states, width).cpu()}, temporary, metadata=basis)
-    temporary.rename(places.projection)
+    projection = principal_projection(states, width).cpu()
+    with writing(places.projection, places.root):
+        save_file({PROJECTION: projection}, temporary, metadata=basis)
+        temporary.rename(places.projection)
 
 
 def measure_hybrids(run: DistillRun, places: Places, data: PreparedData, stages: Iterable[Stage]) -> HybridReport:
@@ -65,15 +68,21 @@ def measure_hybrids(run: DistillRun, places: Places, data: PreparedData, stages:
         report = evaluate_hybrids(meta, (stage.to(device) for stage in stages), batches)
     except ValueError as error:
         raise ConfigError(f"distillation.hybrids: {error}; give at least one source validation text") from None
-    places.hybrids.write_text(json.dumps(dataclasses.asdict(report) | {"worse": report.worse}, indent=1))
+    content = dataclasses.asdict(report) | {"worse": report.worse, "settings": _settings(run)}
+    temporary = places.hybrids.with_suffix(".tmp")
+    with writing(places.hybrids, run.output_dir):
+        temporary.write_text(json.dumps(content, indent=1))
+        temporary.rename(places.hybrids)
     return report
 
 
-def read_hybrids(places: Places) -> HybridReport | None:
-    """What was measured; None if nothing was."""
+def read_hybrids(run: DistillRun, places: Places) -> HybridReport | None:
+    """What was measured; None if nothing was, or on other blocks."""
     if not places.hybrids.is_file():
         return None
     content = json.loads(places.hybrids.read_text())
+    if content.get("settings") != _settings(run):
+        return None
     hybrids = {int(stage): value for stage, value in content["hybrids"].items()}
     return HybridReport(content["num_tokens"], content["meta"], hybrids)
 
@@ -97,6 +106,10 @@ def check_hybrids(report: HybridReport, force: bool) -> None:
         raise RunError(
             f"{error} (distillation.meta.optimization, .layers_per_stage, .method, distillation.hybrids.force)"
         ) from None
+
+
+def _settings(run: DistillRun) -> dict[str, Any]:
+    return run.distillation.hybrids.model_dump(exclude={"force"})
 
 
 def _first(train: Any) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from modmoe.training.checkpoints.output_dir import FINAL
 class Places(NamedTuple):
     """
     All paths below one output directory. A machine that trains one pair needs `teacher/`, of the stages its own alone,
-    and `meta/`, of which checkpoints may be left out; after incubation also `incubated/STAGE/final`.
+    and `meta/`, of which checkpoints may be left out; after incubation also `incubated/STAGE`, likewise.
     """
 
     root: Path

@@ -161,10 +161,11 @@ class Distillation:
             write_projection(self._places, data, width, self._run.optimization.micro_batch_size, basis)
 
     def _measure(self) -> None:
-        report = read_hybrids(self._places)
+        report = read_hybrids(self._run, self._places)
         if report is None:
             data = prepare_run_data(self._runs.meta())
-            report = measure_hybrids(self._run, self._places, data, self._teacher_stages())
+            with measured(self._places.meta_run):
+                report = measure_hybrids(self._run, self._places, data, self._teacher_stages())
         print(hybrid_table(report), flush=True)
         check_hybrids(report, self._run.distillation.hybrids.force)
 
@@ -200,11 +201,18 @@ class Distillation:
                 f"stage={index}: method {self._run.distillation.method!r} trains no stages by themselves"
             )
         self._open_teacher()
-        report = read_hybrids(self._places)
+        before = [self._runs.meta(), *([self._runs.incubation(index)] if self._incubates else [])]
+        for phase in before:
+            if not is_finished(phase):
+                raise ConfigError(
+                    f"{phase.output_dir} does not hold what this configuration makes there: run the same command "
+                    "without --stage first, or copy it from where that ran"
+                )
+        report = read_hybrids(self._run, self._places)
         if report is None:
             raise ConfigError(
-                f"{self._places.hybrids} is missing: run the same command without --stage first, or copy "
-                f"{self._places.meta_run} from where it ran"
+                f"{self._places.hybrids} is missing or of other distillation.hybrids.blocks_per_domain: run the same "
+                f"command without --stage first, or copy {self._places.meta_run} from where it ran"
             )
         check_hybrids(report, self._run.distillation.hybrids.force)
         return self._pair(index)
@@ -298,7 +306,7 @@ class Distillation:
         return not self._places.student.is_dir() or (not is_finished(run) and claim_output_dir(run) is None)
 
     def _report(self, phases: dict[str, RunConfig]) -> None:
-        report: HybridReport | None = read_hybrids(self._places) if "meta model" in phases else None
+        report: HybridReport | None = read_hybrids(self._run, self._places) if "meta model" in phases else None
         content = write_results(self._run, self._places, phases, report, world_size())
         print(results_table(content))
         print(f"student: {self._places.finetuning_run / FINAL}; figures: {self._places.results}")

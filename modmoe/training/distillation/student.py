@@ -13,6 +13,7 @@ from modmoe.distill.inheritance import inherit
 from modmoe.distill.ranges import stage_specs
 from modmoe.distill.stages import Frame, Stage, load_frame
 from modmoe.distill.student import StudentStage, build_student_stage, initialize_ends
+from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.distillation.teacher import CutTeacher
@@ -91,13 +92,14 @@ def assemble_student(stages: Sequence[Path], places: Places) -> bool:
     """
     temporary = places.student.with_name(".student.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        exact = assemble(stages, temporary)
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"cannot assemble the student: {error}") from None
-    existing_tokenizer(str(places.frame)).save_pretrained(temporary)
-    shutil.rmtree(places.student, ignore_errors=True)
-    temporary.rename(places.student)
+    with writing(places.student, places.root):
+        try:
+            exact = assemble(stages, temporary)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"cannot assemble the student: {error}") from None
+        existing_tokenizer(str(places.frame)).save_pretrained(temporary)
+        shutil.rmtree(places.student, ignore_errors=True)
+        temporary.rename(places.student)
     return exact
 
 
@@ -114,6 +116,7 @@ def untrained_student(run: DistillRun, cut: CutTeacher, places: Places) -> None:
         else:
             stage = fresh_stage(run, cut, index)
         directories.append(parts / str(index))
-        stage.save(directories[-1])
+        with writing(directories[-1], places.root):
+            stage.save(directories[-1])
     assemble_student(directories, places)
     shutil.rmtree(parts)

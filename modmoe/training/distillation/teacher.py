@@ -15,6 +15,7 @@ from modmoe.distill.stages import cut, load_frame
 from modmoe.distill.student import check_same_tokenizer
 from modmoe.models import ModMoEConfig
 from modmoe.surgery.fingerprint import checkpoint_fingerprint
+from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.errors import ConfigError
@@ -50,6 +51,7 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
         if not run.overwrite_output:
             _check_same(run, places)
         if _difference(run, places) is None:
+            _check_tokenizer(run, existing_tokenizer(str(places.frame)))
             return
     tokenizer = _tokenizer(run)
     model = _load(run.teacher)
@@ -59,8 +61,9 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
         raise ConfigError(f"distillation.stages: {error}") from None
     temporary = places.teacher.with_name(".teacher.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    parts.save(temporary)
-    tokenizer.save_pretrained(temporary / places.frame.name)
+    with writing(places.teacher, run.output_dir):
+        parts.save(temporary)
+        tokenizer.save_pretrained(temporary / places.frame.name)
     content = {
         "identity": parts_identity(temporary),
         "teacher": run.teacher,
@@ -117,19 +120,26 @@ def teacher_parameters(places: Places) -> int:
 
 
 def _tokenizer(run: DistillRun) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = existing_tokenizer(run.teacher)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"tokenizer: {error}") from None
+    _check_tokenizer(run, tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer(run: DistillRun, teachers: PreTrainedTokenizerFast) -> None:
     """
     Raises:
         ConfigError: if the run asks for another one than the teacher's.
     """
     try:
-        tokenizer = existing_tokenizer(run.teacher)
         if run.tokenizer.name is None:
             raise ValueError("the student reads with the teacher's tokenizer: remove the section 'tokenizer'")
         if run.tokenizer.name != run.teacher:
-            check_same_tokenizer(tokenizer.get_vocab(), existing_tokenizer(run.tokenizer.name).get_vocab())
+            check_same_tokenizer(teachers.get_vocab(), existing_tokenizer(run.tokenizer.name).get_vocab())
     except (ValueError, OSError) as error:
         raise ConfigError(f"tokenizer: {error}") from None
-    return tokenizer
 
 
 def _load(name: str) -> PreTrainedModel:
@@ -176,9 +186,11 @@ def _difference(run: DistillRun, places: Places) -> str | None:
         if saved["stages"].get(name) != value:
             return f"distillation.stages.{name} is {saved['stages'].get(name)!r} there and {value!r} here"
     source = _source(run.teacher)
-    # A machine that trains one pair does not have the whole teacher.
-    if source is not None and saved["source"] is not None and source != saved["source"]:
-        return f"the model in {run.teacher} has changed"
+    if source is not None and saved["source"] is not None:
+        return None if source == saved["source"] else f"the model in {run.teacher} has changed"
+    # One of the hub, or one that is not here; a machine that trains one pair may not have it at all.
+    if run.stage is None and run.teacher != saved["teacher"]:
+        return f"teacher is {saved['teacher']!r} there and {run.teacher!r} here"
     return None
 
 

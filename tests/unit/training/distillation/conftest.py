@@ -116,5 +116,7 @@ def finished(make, tmp_path_factory):
 @pytest.fixture
 def unfinished(finished, tmp_path):
     """A copy in which the meta model is ready and no pair has begun."""
-    ignored = shutil.ignore_patterns("stages", "student", "finetuned", "results.json", "checkpoint-*")
-    return shutil.copytree(finished, tmp_path / "out", ignore=ignored)
+    ignored = shutil.ignore_patterns("stages", "student", "finetuned", "checkpoint-*")
+    out = shutil.copytree(finished, tmp_path / "out", ignore=ignored)
+    (out / "results.json").unlink()
+    return out

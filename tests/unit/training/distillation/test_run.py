@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def test_a_stage_needs_what_the_phases_before_it_leave(unfinished, make, tmp_pat
     with pytest.raises(ConfigError, match="stage 1: .*stage_01 holds no stage"):
         distill(make(unfinished, {"stage": 1}), SCRIPT)
     Places(unfinished).hybrids.unlink()
-    with pytest.raises(ConfigError, match=r"hybrids\.json is missing: run the same command without --stage first"):
+    with pytest.raises(
+        ConfigError, match=r"hybrids\.json is missing or of other .*: run the same command without --stage first"
+    ):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
@@ -149,6 +152,23 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(unfinished, finished, mak
     assert_same(weights(unfinished, 0), weights(finished, 0))
     steps = [r["step"] for r in read_metrics(Places(unfinished).pair_run(0) / "metrics.jsonl") if "loss" in r]
     assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"distillation.meta.optimization": {"steps": 5}}])
+def test_a_stage_is_not_trained_in_the_meta_model_of_another_configuration(unfinished, make, changes):
+    with pytest.raises(ConfigError, match="out/meta holds checkpoints or the final model of another run"):
+        distill(make(unfinished, {"stage": 0} | changes), SCRIPT)
+    with pytest.raises(ConfigError, match="out/meta does not hold what this configuration makes there: run the same"):
+        distill(make(unfinished, {"stage": 0, "overwrite_output": True} | changes), SCRIPT)
+    assert not Places(unfinished).pair_run(0).exists()
+
+
+def test_hybrids_are_measured_again_on_other_blocks(finished, make, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    before = json.loads(Places(out).hybrids.read_text())
+    assert distill(make(out, {"distillation.hybrids.blocks_per_domain": 2}), SCRIPT) == 0
+    after = json.loads(Places(out).hybrids.read_text())
+    assert after["num_tokens"] < before["num_tokens"]
 
 
 # ---- Several at a time ----
@@ -187,15 +207,18 @@ def _at_once(jobs):
 # ---- Other ways ----
 
 
-def test_cached_signals_teach_what_the_teacher_teaches(unfinished, finished, make):
+def test_cached_signals_teach_what_the_teacher_teaches(make, tmp_path):
     """With the whole vocabulary, and with blocks that come again in a later epoch."""
     losses = []
-    for cache in (False, True):
-        out = shutil.copytree(unfinished, unfinished.with_name(f"cache-{cache}"))
-        objective = {"hidden_weight": 1.0, "relation_weight": 1.0, "relation_heads": 2}
-        changes = {"stage": 1, "distillation.pairs.objective": objective}
+    objective = {"hidden_weight": 1.0, "relation_weight": 1.0, "relation_heads": 2}
+    changes = {"distillation.pairs.objective": objective, "data.sources.0.max_bytes": 1500}
+    changes |= {"distillation.pairs.optimization": {"steps": 16}, "optimization.steps": 3}
+    changes |= {"distillation.meta.optimization": {}}
+    for out, cache in ((tmp_path / "on line", False), (tmp_path / "cached", True)):
+        if cache:
+            shutil.copytree(tmp_path / "on line", out, ignore=shutil.ignore_patterns("stages"))
+            changes["stage"] = 1
         changes["distillation.pairs.signals"] = {"cache": cache, "top_k": VOCABULARY}
-        changes |= {"distillation.pairs.optimization": {"steps": 16}, "data.sources.0.max_bytes": 1500}
         assert distill(make(out, changes), SCRIPT) == 0
         losses.append([r["loss"] for r in read_metrics(Places(out).pair_run(1) / "metrics.jsonl") if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -318,7 +341,7 @@ def test_baselines_start_as_they_say(make, tmp_path):
 
 def test_hybrids_that_are_worse_are_refused_unless_forced(unfinished, make, monkeypatch):
     report = HybridReport(100, 3.0, {0: 2.9, 1: 3.2})
-    monkeypatch.setattr(running, "read_hybrids", lambda places: report)
+    monkeypatch.setattr(running, "read_hybrids", lambda *_: report)
     for stage in (None, 0):
         with pytest.raises(RunError, match=r"worse inside the meta model .* \(cross entropy 3.0000 .*stage 1: 3.2000"):
             distill(make(unfinished, {"stage": stage, "distillation.hybrids.force": False}), SCRIPT)
@@ -369,6 +392,25 @@ def test_another_teacher_in_the_same_directory_is_refused(finished, make, teache
         distill(make(finished, {"teacher": str(other)}), SCRIPT)
 
 
+def test_another_teacher_of_the_hub_is_refused(unfinished, make, teacher):
+    """Whose weights are not at hand: its name tells."""
+    path = Places(unfinished).teacher / "cut.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": "some/model", "source": None}))
+    changes = {"teacher": "other/model", "tokenizer": {"name": str(teacher)}}
+    with pytest.raises(ConfigError, match="teacher is 'some/model' there and 'other/model' here"):
+        distill(make(unfinished, changes), SCRIPT)
+
+
+def test_a_full_disk_is_told(make, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(RunError, match=r"could not write .*out/teacher: .*free"):
+            distill(make(tmp_path / "out"), SCRIPT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -398,15 +440,16 @@ def test_what_does_not_fit_the_teacher_is_refused(make, tmp_path, changes, messa
         distill(make(tmp_path / "out", changes), SCRIPT)
 
 
-def test_another_tokenizer_is_refused(make, tmp_path, teacher):
+def test_another_tokenizer_is_refused(make, tmp_path, teacher, unfinished):
     other = shutil.copytree(teacher, tmp_path / "tokenizer")
     content = json.loads((other / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
     first, second = list(vocabulary)[100:102]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="different tokenizers: 2 tokens differ"):
-        distill(make(tmp_path / "out", {"tokenizer": {"name": str(other)}}), SCRIPT)
+    for out in (tmp_path / "out", unfinished):
+        with pytest.raises(ConfigError, match="different tokenizers: 2 tokens differ"):
+            distill(make(out, {"tokenizer": {"name": str(other)}}), SCRIPT)
 
 
 def test_a_cache_that_would_be_too_large_is_refused_before_it_is_written(unfinished, make):
