@@ -70,7 +70,7 @@ class Stage(nn.Module):
         indices = rest["layer_indices"]
         stage = cls(spec, whole.config, [new_block(whole.config, likes[i], i) for i in indices], indices)
         stage.blocks.load_state_dict(dict(SavedWeights(directory)), assign=True)
-        return stage
+        return stage.eval()
 
 
 class CutOutput(NamedTuple):
@@ -167,7 +167,7 @@ class CutModel(nn.Module):
             ValueError: if stages are missing or files are damaged.
         """
         frame = load_frame(directory / FRAME)
-        return cls(frame, [Stage.load(path) for path in sorted(directory.glob("stage_*"))])
+        return cls(frame, [Stage.load(path) for path in sorted(directory.glob("stage_*"))]).eval()
 
 
 def cut(

@@ -16,6 +16,7 @@ from modmoe.training.distillation.places import Places
 from modmoe.training.distillation.teacher import teacher_parameters
 from modmoe.training.monitoring.throughput import parameter_counts
 from modmoe.training.run_config import RunConfig
+from modmoe.training.status import FILE as STATUS_FILE
 
 _LOSS = "/nats_per_token"
 
@@ -79,7 +80,8 @@ def results_table(content: dict[str, Any]) -> str:
 
 def _phase(run: RunConfig, world_size: int) -> dict[str, Any]:
     scores = json.loads((run.output_dir / RESULTS).read_text())
-    steps = max([record["step"] for record in read_metrics(run.output_dir / "metrics.jsonl")], default=0)
+    # Of the metrics the last record may be of an earlier step.
+    steps = json.loads((run.output_dir / STATUS_FILE).read_text())["step"]
     return {
         "tokens": steps * run.tokens_per_step(world_size),
         **cost_of(run.output_dir)._asdict(),

@@ -19,7 +19,7 @@ from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.errors import ConfigError
-from modmoe.training.initialization import model_config
+from modmoe.training.initialization import model_config, num_ids
 
 _CUT = "cut.json"
 
@@ -97,7 +97,19 @@ def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
             f"model.vocab_size={asked}, and the teacher predicts {size} tokens: logits are compared one by one, so "
             "leave it out"
         )
-    student = model_config(dict(run.model) | {"vocab_size": size}, existing_tokenizer(str(places.frame)))
+    tokenizer = existing_tokenizer(str(places.frame))
+    if num_ids(tokenizer) > size:
+        raise ConfigError(
+            f"teacher: its tokenizer has {num_ids(tokenizer)} tokens and it knows {size}, as if tokens had been added "
+            "without training: save it with the tokenizer that it was trained with, or after resize_token_embeddings"
+        )
+    length, longest = run.data.sequence_length, getattr(frame.config, "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ConfigError(
+            f"data.sequence_length={length} is more than the {longest} positions that the teacher knows "
+            f"(max_position_embeddings): lower it to {longest}"
+        )
+    student = model_config(dict(run.model) | {"vocab_size": size}, tokenizer)
     width = frame.config.hidden_size
     if student.hidden_size > width and run.distillation.pairs.stitch == "projection":
         raise ConfigError(

@@ -128,9 +128,7 @@ def test_a_stage_needs_what_the_phases_before_it_leave(unfinished, make, tmp_pat
     with pytest.raises(ConfigError, match="stage 1: .*stage_01 holds no stage"):
         distill(make(unfinished, {"stage": 1}), SCRIPT)
     Places(unfinished).hybrids.unlink()
-    with pytest.raises(
-        ConfigError, match=r"hybrids\.json is missing or of other .*: run the same command without --stage first"
-    ):
+    with pytest.raises(ConfigError, match=r"hybrids\.json is missing or of other .*: run .* without --stage first"):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
@@ -336,6 +334,13 @@ def test_baselines_start_as_they_say(make, tmp_path):
     assert starts["scratch"][attention].equal(starts["upcycle"][attention])
 
 
+def test_tokens_are_counted_to_the_last_step(make, tmp_path):
+    """Also where no record of metrics is of that."""
+    changes = {"distillation.method": "scratch", "logging.interval": 3, "evaluation.interval": 0}
+    assert distill(make(tmp_path / "out", changes), SCRIPT) == 0
+    assert json.loads(Places(tmp_path / "out").results.read_text())["tokens"] == 4 * 4 * 16
+
+
 # ---- Mistakes ----
 
 
@@ -399,6 +404,19 @@ def test_another_teacher_of_the_hub_is_refused(unfinished, make, teacher):
     changes = {"teacher": "other/model", "tokenizer": {"name": str(teacher)}}
     with pytest.raises(ConfigError, match="teacher is 'some/model' there and 'other/model' here"):
         distill(make(unfinished, changes), SCRIPT)
+
+
+def test_a_teacher_that_is_no_match_for_text_or_tokenizer_is_refused(make, teacher, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    with pytest.raises(ConfigError, match="data.sequence_length=16 is more than the 8 positions"):
+        distill(make(tmp_path / "long", {"teacher": str(other)}), SCRIPT)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<added>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match=f"teacher: its tokenizer has {VOCABULARY + 1} tokens and it knows 280"):
+        distill(make(tmp_path / "added", {"teacher": str(other)}), SCRIPT)
 
 
 def test_a_full_disk_is_told(make, tmp_path):
