@@ -56,7 +56,8 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
     tokenizer = _tokenizer(run)
     model = _load(run.teacher)
     try:
-        parts = cut(model, run.distillation.stages.ranges or run.distillation.stages.count, _balance(run))
+        section = run.distillation.stages
+        parts = cut(model, section.ranges or section.count, section.balance)
     except ValueError as error:
         raise ConfigError(f"distillation.stages: {error}") from None
     temporary = places.teacher.with_name(".teacher.tmp")
@@ -165,10 +166,6 @@ def _load(name: str) -> PreTrainedModel:
             "a block: choose another one"
         )
     return model.eval()
-
-
-def _balance(run: DistillRun) -> Any:
-    return run.distillation.stages.balance
 
 
 def _cut_settings(run: DistillRun) -> dict[str, Any]:
