@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import CONFIG, ENVIRONMENT, ROOT
+from tests.launching import CONFIG, ENVIRONMENT, ROOT, free_port
 
 TEXT = (ROOT / "docs" / "distributed.md").read_text()
 SLURM = ROOT / "configs" / "launch" / "slurm.sh"
@@ -19,6 +19,19 @@ for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" &
 code=0
 for task in 0 1; do wait ${tasks[$task]} || code=$?; done
 exit $code
+"""
+
+# Nodes that are processes of this machine: pdsh replaces %n by the number of the node.
+PDSH = """#!/bin/bash
+IFS=, read -ra nodes <<< "$5"
+shift 5  # -S -f FAN_OUT -w NODES
+for node in ${!nodes[@]}; do bash -c "${*//%n/$node}" & tasks[$node]=$!; done
+code=0
+for node in ${!nodes[@]}; do wait ${tasks[$node]} || code=$?; done
+exit $code
+"""
+SSH = """#!/bin/bash
+[[ "$*" != *"hostname -I" ]] || echo 127.0.0.1
 """
 
 
@@ -52,11 +65,28 @@ def test_commands_for_the_cpu(here):
         assert (here / "runs" / run / "final" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_the_slurm_script_with_tasks_that_are_processes(here):
-    for name, script in {"srun": SRUN, "scontrol": "#!/bin/bash\necho 127.0.0.1\n"}.items():
+def install(here, **programs):
+    for name, script in programs.items():
         (here / "bin" / name).write_text(script)
         (here / "bin" / name).chmod(0o755)
+
+
+@pytest.mark.slow
+def test_a_hostfile_with_nodes_that_are_processes(here):
+    install(here, pdsh=PDSH, ssh=SSH)
+    (here / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
+    port = ["--master_port", str(free_port())]
+    train = ["train/pretrain.py", "--config", str(CONFIG), "--output_dir", "runs/hosts"]
+    command = ["deepspeed", "--hostfile", "hosts", *port, *train]
+    result = subprocess.run(command, cwd=here, env=environment(here), capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stdout.decode() + result.stderr.decode()
+    assert "processes: 2" in (here / "runs" / "hosts" / "run.yaml").read_text()
+    assert (here / "runs" / "hosts" / "final" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_with_tasks_that_are_processes(here):
+    install(here, srun=SRUN, scontrol="#!/bin/bash\necho 127.0.0.1\n")
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "n", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
     command = ["bash", str(SLURM), str(CONFIG), "--output_dir", "runs/slurm"]
     result = subprocess.run(command, cwd=here, env=environment(here, **job), capture_output=True)
