@@ -24,14 +24,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from modmoe.distill.signals import TopK
-from modmoe.losses.distillation import forward_kl as full_kl
-from modmoe.losses.distillation import hidden_error, kl_terms
+from modmoe.losses.distillation import forward_kl, hidden_error, kl_terms, sum_of_chunks
 
 IGNORE_INDEX = -100
-_CHUNK_TOKENS = 1024
 
 States = tuple[torch.Tensor, torch.Tensor]
 """Hidden states (B, T, .) of the student and of the teacher at one place."""
@@ -128,23 +125,17 @@ class Objective:
     def _sums(
         self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | TopK | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Sums over valid tokens of the cross entropy and of what the teacher adds.
+        """Sums over valid tokens of the cross entropy and of what the teacher adds."""
 
-        Chunk by chunk, each computed again for the gradient: fp32 copies of all logits are never alive together.
-        """
-        cross_entropy = taught = torch.zeros((), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
-            arguments = (logits[rows], targets[rows], _rows(teacher, rows))
-            pair = checkpoint(self._chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-            cross_entropy, taught = cross_entropy + pair[0], taught + pair[1]
+        def of_rows(rows: slice) -> torch.Tensor:
+            return torch.stack(self._sums_of(logits[rows].float(), targets[rows], _rows(teacher, rows)))
+
+        cross_entropy, taught = sum_of_chunks(of_rows, len(logits))
         return cross_entropy, taught
 
-    def _chunk(
+    def _sums_of(
         self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | TopK | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = logits.float()
         cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
         if teacher is None:
             return cross_entropy, torch.zeros_like(cross_entropy)
@@ -153,10 +144,10 @@ class Objective:
             best = teacher.indices[..., 0].long() if isinstance(teacher, TopK) else teacher.argmax(-1)
             hard = torch.where(valid, best, IGNORE_INDEX)
             return cross_entropy, F.cross_entropy(logits, hard, ignore_index=IGNORE_INDEX, reduction="sum")
-        return cross_entropy, forward_kl(logits, teacher, self.temperature).masked_fill(~valid, 0.0).sum()
+        return cross_entropy, teacher_kl(logits, teacher, self.temperature).masked_fill(~valid, 0.0).sum()
 
 
-def forward_kl(logits: torch.Tensor, teacher: torch.Tensor | TopK, temperature: float) -> torch.Tensor:
+def teacher_kl(logits: torch.Tensor, teacher: torch.Tensor | TopK, temperature: float) -> torch.Tensor:
     """
     KL(teacher || student) of each token, at a temperature, without its square.
 
@@ -168,7 +159,7 @@ def forward_kl(logits: torch.Tensor, teacher: torch.Tensor | TopK, temperature: 
         (N,) fp32.
     """
     if not isinstance(teacher, TopK):
-        return full_kl(logits, teacher, temperature)
+        return forward_kl(logits, teacher, temperature)
     log_q = (logits.float() / temperature).log_softmax(-1)
     indices = teacher.indices.long()
     kl = kl_terms(teacher.log_probs, log_q.gather(-1, indices)).sum(-1)

@@ -6,6 +6,8 @@ in fp32 and per token, without the square of the temperature (arXiv:1503.02531).
 hidden size.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -41,8 +43,6 @@ def summed_kl(
     """
     Sum of `forward_kl` over some tokens.
 
-    Chunk by chunk, each computed again for the gradient: fp32 copies of all logits are never alive together.
-
     Args:
         logits, teacher: (N, V).
         valid: (N,) bool, the tokens that count.
@@ -52,15 +52,25 @@ def summed_kl(
         () fp32.
     """
 
-    def chunk(logits: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return forward_kl(logits, teacher, temperature).masked_fill(~valid, 0.0).sum()
+    def of_rows(rows: slice) -> torch.Tensor:
+        return forward_kl(logits[rows], teacher[rows], temperature).masked_fill(~valid[rows], 0.0).sum()
 
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for start in range(0, len(logits), _CHUNK_TOKENS):
-        rows = slice(start, start + _CHUNK_TOKENS)
-        arguments = (logits[rows], teacher[rows], valid[rows])
-        total = total + checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return total
+    return sum_of_chunks(of_rows, len(logits))
+
+
+def sum_of_chunks(of_rows: Callable[[slice], torch.Tensor], num_tokens: int) -> torch.Tensor:
+    """
+    Sum of a function of rows over all of them.
+
+    Chunk by chunk, each computed again for the gradient: fp32 copies of all logits are never alive together.
+
+    Args:
+        of_rows: gives a sum over a slice of the tokens, any shape.
+        num_tokens: at least 1.
+    """
+    chunks = (slice(start, start + _CHUNK_TOKENS) for start in range(0, num_tokens, _CHUNK_TOKENS))
+    sums = [checkpoint(of_rows, rows, use_reentrant=False, preserve_rng_state=False) for rows in chunks]
+    return torch.stack(sums).sum(0)
 
 
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
