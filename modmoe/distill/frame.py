@@ -163,9 +163,9 @@ def new_block(config: PreTrainedConfig, like: nn.Module, index: int) -> nn.Modul
         index: its place in the whole model, which some families look at.
     """
     cls = type(like)
-    indexed = "layer_idx" in inspect.signature(cls.__init__).parameters
+    names = {"layer_idx", "layer_id"} & inspect.signature(cls.__init__).parameters.keys()
     with no_init_weights():
-        block = cls(config, layer_idx=index) if indexed else cls(config)
+        block = cls(config, **dict.fromkeys(names, index))
     return block.eval()
 
 

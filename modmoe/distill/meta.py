@@ -278,7 +278,7 @@ def evaluate_hybrids(
 
 
 def _cross_entropy(model: CutModel, batches: list[Batch], targets_of: Targets) -> tuple[float, int]:
-    training = model.training
+    modes = {module: module.training for module in model.modules()}  # a hybrid shares its modules with others
     model.eval()
     total, count = 0.0, 0
     for batch in batches:
@@ -289,7 +289,8 @@ def _cross_entropy(model: CutModel, batches: list[Batch], targets_of: Targets) -
             )
         )
         count += int((targets != IGNORE_INDEX).sum())
-    model.train(training)
+    for module, mode in modes.items():
+        module.training = mode
     if not count:
         raise ValueError("there is no token to predict in these batches: give text, with labels")
     return total / count, count

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -48,6 +50,7 @@ FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=1, head_dim=8)),
     # Blocks that look at their index.
     "gpt2": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),
+    "gpt-neo": lambda: gpt_neo(),
     "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
     "modmoe": lambda: ModMoEForCausalLM(ModMoEConfig(**SIZES, num_experts=1, num_attn_experts=1)),
     # Blocks of different numbers of experts.
@@ -68,6 +71,13 @@ STUDENT = {
     "router_hidden_size": 8,
     "initializer_range": 0.2,
 }
+
+
+def gpt_neo() -> PreTrainedModel:
+    """Its blocks attend globally or locally by their index."""
+    kinds = [[["global", "local"], 2], [["global"], 1]]
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": BLOCKS, "num_heads": 2, "window_size": 4}
+    return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=kinds, initializer_range=0.2))
 
 
 def gpt2(**changes) -> PreTrainedModel:

@@ -119,8 +119,10 @@ def test_hybrids_are_scored_one_stage_at_a_time(teacher, tmp_path):
     meta = build_meta(teacher)
     teacher.save(tmp_path)
     batches = [text(seed=3), text(rows=1, length=5, seed=4)]
+    meta.eval()
     report = evaluate_hybrids(meta, stages_of(tmp_path), iter(batches))
     assert report.num_tokens == 2 * 9 + 4
+    assert not any(module.training for module in meta.modules())
     with torch.no_grad():
         for index, stage in enumerate(teacher.stages):
             hybrid = CutModel(meta.frame, [stage if i == index else meta.stages[i] for i in range(2)])
