@@ -83,6 +83,17 @@ def run(*command: str | Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True, env=environment, cwd=ROOT)
 
 
+class Models:
+    """The models of one seed; each is trained when it is asked for first, after those that it starts from."""
+
+    def __init__(self, seed: int, directory: Path) -> None:
+        self.seed = seed
+        self.directory = directory
+
+    def base(self) -> Path:
+        return train("pretrain.py", "experiments/base.yaml", self.directory / "base", seed=self.seed)
+
+
 class Scorer:
     """
     Cross entropy of models on the same validation blocks of all domains.

@@ -15,7 +15,7 @@ Writes docs/results/extend; what a seed's file there holds already is not measur
 from functools import partial
 from pathlib import Path
 
-from common import DOMAINS, ROOT, Results, Scorer, Values, main, mean_and_spread, run, train
+from common import DOMAINS, ROOT, Models, Results, Scorer, Values, main, mean_and_spread, run, train
 
 NAME = "extend"
 C = "{name: c, embedded: c, max_bytes: 4000000, weight: 0.5}"
@@ -27,16 +27,7 @@ LORA_RANK = 20  # 660,480 parameters; the extension has 642,048
 TITLES = {"extension": "extension", "lora": "LoRA", "full": "full fine-tuning"}
 
 
-class Models:
-    """The models of one seed; each is trained when it is asked for first, after those that it starts from."""
-
-    def __init__(self, seed: int, directory: Path) -> None:
-        self.seed = seed
-        self.directory = directory
-
-    def base(self) -> Path:
-        return train("pretrain.py", "experiments/base.yaml", self.directory / "base", seed=self.seed)
-
+class ExtendedModels(Models):
     def extended(self) -> Path:
         """With experts that do nothing yet."""
         out = self.directory / "extended"
@@ -61,7 +52,7 @@ class Models:
 
 
 def measure_seed(seed: int, directory: Path) -> None:
-    models, results = Models(seed, directory), Results(NAME, seed)
+    models, results = ExtendedModels(seed, directory), Results(NAME, seed)
     score = Scorer(models.base)
     results.measure("base", lambda: score(models.base()))
     for method, rate in LEARNING_RATES.items():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Results, Scorer, Values, main, mean_and_spread, run, train
+from common import ROOT, Models, Results, Scorer, Values, main, mean_and_spread, run, train
 
 from modmoe.surgery.expert_tensors import ExpertCheckpoint
 from modmoe.surgery.prune import Denominator, Pruning, choose_pruning
@@ -42,16 +42,7 @@ FURTHER_PRUNED = (0.5, 0.25)
 FURTHER = {"optimization__steps": 500, "optimization__learning_rate": 1e-3}
 
 
-class Models:
-    """The models of one seed; each is trained when it is asked for first, after those that it starts from."""
-
-    def __init__(self, seed: int, directory: Path) -> None:
-        self.seed = seed
-        self.directory = directory
-
-    def base(self) -> Path:
-        return train("pretrain.py", "experiments/base.yaml", self.directory / "base", seed=self.seed)
-
+class SpecialisedModels(Models):
     def specialised(self, loss: str) -> Path:
         return self._tune(loss, loss, self.base(), warmup_steps=100)
 
@@ -104,7 +95,7 @@ class Models:
 
 
 def measure_seed(seed: int, directory: Path) -> None:
-    models, results = Models(seed, directory), Results(NAME, seed)
+    models, results = SpecialisedModels(seed, directory), Results(NAME, seed)
     score = Scorer(models.base)
     results.measure("base", lambda: score(models.base()))
     for loss in ROUTER_LOSSES:
@@ -131,7 +122,7 @@ def experts_in_use(report: UsageReport) -> dict[str, float]:
 
 
 def pruned_score(
-    models: Models, score: Scorer, loss: str, keep: float, metric: str, denominator: Denominator
+    models: SpecialisedModels, score: Scorer, loss: str, keep: float, metric: str, denominator: Denominator
 ) -> dict[str, float]:
     """Cross entropy right after removal; at random the mean of some draws."""
     if metric == "random":
