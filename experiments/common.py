@@ -7,7 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,11 @@ class Scorer:
         tokenizer = TokenizerConfig(name=str(self.tokenizer()))
         return prepare_data(sources, tokenizer, 256, ROOT / ".cache" / "modmoe", seed=0, num_train_blocks=1)
 
-    def __call__(self, directory: Path) -> dict[str, float]:
-        """Nats per token of each domain."""
+    def __call__(self, directory: Path, domains: Sequence[str] = DOMAINS) -> dict[str, float]:
+        """Nats per token of the model of a directory, by domain."""
         scores = evaluate_domains(
             AutoModelForCausalLM.from_pretrained(directory),
-            self._data.validation,
+            {name: self._data.validation[name] for name in domains},
             self._data.statistics,
             max_blocks=self.blocks,
             batch_size=8,

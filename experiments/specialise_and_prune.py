@@ -124,7 +124,7 @@ def experts_in_use(report: UsageReport) -> dict[str, float]:
 def pruned_score(
     models: SpecialisedModels, score: Scorer, loss: str, keep: float, metric: str, denominator: Denominator
 ) -> dict[str, float]:
-    """Cross entropy right after removal; at random the mean of some draws."""
+    """Cross entropy on Python right after removal; at random the mean of some draws."""
     if metric == "random":
         prunings = [models.random_pruning(loss, keep, draw) for draw in range(RANDOM_DRAWS)]
     else:
@@ -133,8 +133,8 @@ def pruned_score(
     for pruning in prunings:
         with tempfile.TemporaryDirectory() as directory:
             pruning.write(Path(directory) / "pruned")
-            scores.append(score(Path(directory) / "pruned"))
-    return {domain: statistics.fmean(score[domain] for score in scores) for domain in scores[0]}
+            scores.append(score(Path(directory) / "pruned", ("python",))["python"])
+    return {"python": statistics.fmean(scores)}
 
 
 # ---- What is shown ----
