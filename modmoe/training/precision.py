@@ -1,4 +1,4 @@
-"""Which arithmetic matrix products run in."""
+"""Which device a process computes on, and which arithmetic matrix products run in."""
 
 import contextlib
 import platform
@@ -7,6 +7,11 @@ from typing import Literal
 import torch
 
 Precision = Literal["fp32", "bf16"]
+
+
+def device_type() -> str:
+    """Where this process trains."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_precision(setting: Literal["auto", "fp32", "bf16"], device_type: str) -> Precision:

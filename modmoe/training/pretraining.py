@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from modmoe.data import PreparedData, prepare_data
 from modmoe.ops.backend import ENVIRONMENT_VARIABLE, use_backend
+from modmoe.training.arguments import run_precision, training_arguments
 from modmoe.training.checkpoints.checkpoint import check_batch, writing
 from modmoe.training.checkpoints.output_dir import FINAL, claim_output_dir, clear_foreign_run, locked, save_run_file
 from modmoe.training.errors import ConfigError, RunError
@@ -25,7 +26,7 @@ from modmoe.training.ranks.team import Team, join
 from modmoe.training.ranks.watchdog import Watchdog
 from modmoe.training.run_config import RunConfig
 from modmoe.training.status import RunStatus
-from modmoe.training.trainer import ModMoETrainer, run_precision, training_arguments
+from modmoe.training.trainer import ModMoETrainer
 
 logger = logging.getLogger(__name__)
 

@@ -72,8 +72,9 @@ def train_on_faulty_blocks(content, backward_only):
     from deepspeed.runtime.zero.partition_parameters import shutdown_init_context
 
     from modmoe.data import prepare_data
+    from modmoe.training.arguments import training_arguments
     from modmoe.training.initialization import build_model
-    from modmoe.training.trainer import ModMoETrainer, training_arguments
+    from modmoe.training.trainer import ModMoETrainer
 
     prepare_process(use_deepspeed=True)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -19,7 +19,7 @@ from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
 from modmoe.training.distillation.student import PROJECTION
 from modmoe.training.errors import ConfigError, RunError
-from modmoe.training.trainer import device_type
+from modmoe.training.precision import device_type
 
 _PROJECTION_BLOCKS = 64
 Tensors = dict[str, torch.Tensor]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from modmoe.data import MixtureDataset, PreparedData, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.surgery.usage import UsageReport, measure_usage
+from modmoe.training.arguments import run_precision
 from modmoe.training.checkpoints.checkpoint import RETIRED
 from modmoe.training.checkpoints.consolidation import write_all_but_weights, write_model
 from modmoe.training.checkpoints.sharded_state import ShardedState
@@ -24,7 +25,7 @@ from modmoe.training.finetuning.trained_part import choose_parameters
 from modmoe.training.initialization import build_model
 from modmoe.training.monitoring.events import Events
 from modmoe.training.pretraining import carry_out
-from modmoe.training.trainer import Batch, ModMoETrainer, run_precision
+from modmoe.training.trainer import Batch, ModMoETrainer
 
 
 def finetune(run: FinetuningRun) -> int:

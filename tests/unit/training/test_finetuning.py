@@ -15,6 +15,7 @@ from modmoe.models.extension import Extension
 from modmoe.surgery.extend import add_extension
 from modmoe.surgery.fingerprint import checkpoint_identity
 from modmoe.surgery.usage import measure_usage
+from modmoe.training.arguments import training_arguments
 from modmoe.training.callbacks import read_metrics
 from modmoe.training.checkpoints.checkpoint import checkpoints
 from modmoe.training.checkpoints.consolidation import consolidate
@@ -24,7 +25,6 @@ from modmoe.training.finetuning.config import FinetuningRun
 from modmoe.training.finetuning.run import FinetuningTrainer, build_tuned_model
 from modmoe.training.initialization import model_config
 from modmoe.training.run_config import check_run_config
-from modmoe.training.trainer import training_arguments
 from modmoe.training.yaml_config import apply_override
 
 from .conftest import MODEL
