@@ -37,8 +37,10 @@ ROUTER_LOSSES = {
 METRICS = ("frequency", "gate", "reap", "random")
 RANDOM_DRAWS = 3
 KEEPS = (0.75, 0.5, 0.375, 0.25)
-FURTHER_TRAINED = ("mutual-information", "concentration")
+# Once it is decided which experts go, nothing is to be gained from concentrating further.
+FURTHER_LOSSES = {"mutual-information": "mutual-information", "concentration": "none"}
 FURTHER_PRUNED = (0.5, 0.25)
+FURTHER_METRIC = "frequency"
 FURTHER = {"optimization__steps": 500, "optimization__learning_rate": 1e-3}
 
 
@@ -47,20 +49,21 @@ class SpecialisedModels(Models):
         return self._tune(loss, loss, self.base(), warmup_steps=100)
 
     def longer(self, loss: str) -> Path:
-        return self._tune(f"{loss}-longer", loss, self.specialised(loss), **FURTHER)
+        return self._tune(f"{loss}-longer", FURTHER_LOSSES[loss], self.specialised(loss), **FURTHER)
 
     def recovered(self, loss: str, keep: float) -> Path:
         """Experts go on the way, and the specialised model teaches."""
-        pruning = f"{{keep: {keep}, steps: 250, every: 10}}"
+        pruning = f"{{keep: {keep}, steps: 250, every: 10, metric: {FURTHER_METRIC}}}"
         init = self.specialised(loss)
-        return self._tune(f"{loss}-recovered-{keep}", loss, init, finetuning__pruning=pruning, **FURTHER)
+        name = f"{loss}-recovered-{keep}"
+        return self._tune(name, FURTHER_LOSSES[loss], init, finetuning__pruning=pruning, **FURTHER)
 
     def pruned_at_once(self, loss: str, keep: float) -> Path:
         """Experts go before training, and nobody teaches."""
         start = self.directory / f"{loss}-pruned-{keep}"
         if not start.exists():
-            self.pruning(loss, keep, "reap").write(start)
-        return self._tune(f"{loss}-pruned-{keep}-trained", loss, start, **FURTHER)
+            self.pruning(loss, keep, FURTHER_METRIC).write(start)
+        return self._tune(f"{loss}-pruned-{keep}-trained", FURTHER_LOSSES[loss], start, **FURTHER)
 
     def _tune(self, name: str, loss: str, init: Path, warmup_steps: int = 0, **options: Any) -> Path:
         section = ROUTER_LOSSES[loss]
@@ -105,7 +108,7 @@ def measure_seed(seed: int, directory: Path) -> None:
             for denominator in ("drop", "keep") if metric == "reap" else ("drop",):
                 how = partial(pruned_score, models, score, loss, keep, metric, denominator)
                 results.measure(f"{loss}/{metric}/{denominator}/{keep}", how)
-    for loss in FURTHER_TRAINED:
+    for loss in FURTHER_LOSSES:
         results.measure(f"{loss}/longer", partial(lambda loss: score(models.longer(loss)), loss))
         for keep in FURTHER_PRUNED:
             for name, train_it in (("recovery", models.recovered), ("at once", models.pruned_at_once)):
@@ -158,19 +161,24 @@ def table(results: list[Values]) -> str:
             lines.append(f"| {loss} | {metric} | {whole} | " + " | ".join(row) + " |")
     lines += [
         "",
-        "After 500 further steps, against the specialised model before them and the unpruned model after them:",
+        "After 500 further steps (those after concentration without a router loss), in nats, against the specialised "
+        "model before them and the unpruned model after them:",
         "",
-        "| router loss | experts kept | how | % against before | % against unpruned, as long |",
-        "|---|---|---|---|---|",
+        "| router loss | experts kept | how | nats | % against before | % against unpruned, as long |",
+        "|---|---|---|---|---|---|",
     ]
-    for loss in FURTHER_TRAINED:
+    for loss in FURTHER_LOSSES:
+        longer = mean_and_spread((r[f"{loss}/longer"]["python"] for r in results), "{:.3f}")
+        gain = mean_and_spread(increase(r, f"{loss}/longer", f"{loss}/all") for r in results)
+        lines.append(f"| {loss} | 100% | none goes | {longer} | {gain} | |")
         for keep in FURTHER_PRUNED:
             for how in ("recovery", "at once"):
                 row = [
                     mean_and_spread(increase(r, f"{loss}/{how}/{keep}", f"{loss}/{against}") for r in results)
                     for against in ("all", "longer")
                 ]
-                lines.append(f"| {loss} | {keep:.0%} | {how} | " + " | ".join(row) + " |")
+                nats = mean_and_spread((r[f"{loss}/{how}/{keep}"]["python"] for r in results), "{:.3f}")
+                lines.append(f"| {loss} | {keep:.0%} | {how} | {nats} | " + " | ".join(row) + " |")
     lines += ["", "Experts that share the load (exp of its entropy; 16 FFN, 8 attention experts):", ""]
     lines += ["| router loss | FFN | attention |", "|---|---|---|"]
     for loss in ROUTER_LOSSES:
@@ -192,7 +200,7 @@ def draw(results: list[Values], path: Path) -> None:
         for metric in METRICS:
             curves = [[increase(r, f"{loss}/{metric}/drop/{keep}", f"{loss}/all") for keep in KEEPS] for r in results]
             plot(axis, [1.0, *KEEPS], [[0.0, *curve] for curve in curves], label=f"by {metric}", marker="o")
-        if loss in FURTHER_TRAINED:
+        if loss in FURTHER_LOSSES:
             curves = [
                 [increase(r, f"{loss}/recovery/{keep}", f"{loss}/longer") for keep in FURTHER_PRUNED] for r in results
             ]

@@ -55,7 +55,7 @@ class PruningSection(Section):
     """Step by which the others are gone; the rest of the run recovers."""
     every: int = Field(default=10, ge=1)
     """Steps between two prunings; the share that stays falls linearly."""
-    metric: Literal["frequency", "gate", "reap"] = "reap"
+    metric: Literal["frequency", "gate", "reap"] = "frequency"
     """What an expert is worth, as in a usage report."""
     usage: UserPath | None = None
     """Usage report of the model of `init` that decides; none: measured before each pruning on the text to come."""
