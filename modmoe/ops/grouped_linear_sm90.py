@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import grouped_linear_torch
-from .grouped_linear_torch import Products, zero_empty, zero_past
+from .grouped_linear_torch import Products, aligned, zero_empty, zero_past
 from .routing_cuda import device_problem
 
 
@@ -26,15 +26,14 @@ def problem(x: Tensor, weight: Tensor) -> str | None:
 
 
 def _multiply(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    if weight.mT.is_contiguous():
-        out = torch.ops.modmoe_cuda.multiply_sm90(rows.contiguous(), weight.mT, offsets, False)
-    else:
-        out = torch.ops.modmoe_cuda.multiply_sm90(rows.contiguous(), weight.contiguous(), offsets, True)
+    transposed = not weight.mT.is_contiguous()
+    matrices = weight.contiguous() if transposed else weight.mT
+    out = torch.ops.modmoe_cuda.multiply_sm90(aligned(rows.contiguous()), aligned(matrices), offsets, transposed)
     return zero_past(out, offsets)
 
 
 def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
-    out = torch.ops.modmoe_cuda.outer_sm90(left.contiguous(), right.contiguous(), offsets)
+    out = torch.ops.modmoe_cuda.outer_sm90(aligned(left.contiguous()), aligned(right.contiguous()), offsets)
     return zero_empty(out, offsets)
 
 

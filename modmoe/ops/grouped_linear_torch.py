@@ -173,7 +173,7 @@ def _missing(width: int, dtype: torch.dtype) -> int:
 
 def _pad_width(rows: Tensor) -> Tensor:
     missing = _missing(rows.shape[1], rows.dtype)
-    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+    return F.pad(rows, (0, missing)) if missing else aligned(rows.contiguous())
 
 
 def _pad_matrix(weight: Tensor) -> Tensor:
@@ -181,7 +181,12 @@ def _pad_matrix(weight: Tensor) -> Tensor:
     if weight.stride(-1) != 1:
         return _pad_matrix(weight.mT).mT
     rows, columns = (_missing(size, weight.dtype) for size in weight.shape[1:])
-    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else weight.contiguous()
+    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else aligned(weight.contiguous())
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return `x`, or a copy if it does not begin at a multiple of 16 bytes: neither grouped_mm nor TMA takes it so."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 # Layouts.

@@ -1,14 +1,24 @@
 """The grouped linear map against a loop over tokens and slots, forward and backward."""
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear, grouped_linear_cpp, use_backend
+from modmoe.ops import (
+    DispatchPlan,
+    dispatch_plan,
+    grouped_linear,
+    grouped_linear_cpp,
+    grouped_linear_sm90,
+    use_backend,
+)
 from modmoe.ops.grouped_linear import LAYOUTS
 from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _spans
 
@@ -266,6 +276,41 @@ def test_device_products(widths: tuple[int, int]) -> None:
         torch.testing.assert_close(out, expected)
     outer = _outer_on_device(left, right, offsets)
     torch.testing.assert_close(outer, torch.stack([left[g].T @ right[g] for g in groups]))
+
+
+def test_device_products_of_tensors_at_odd_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of a flat buffer (ZeRO's parameters are) begin anywhere; on a GPU, both products refuse such memory."""
+
+    def refusing(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(a: Tensor, b: Tensor, *rest: object, **options: object) -> Tensor:
+            assert a.data_ptr() % 16 == b.data_ptr() % 16 == 0
+            return product(a, b, *rest, **options)
+
+        return run
+
+    def multiply_sm90(rows: Tensor, weight: Tensor, offsets: Tensor, transposed: bool) -> Tensor:
+        assert weight.is_contiguous()
+        return F.grouped_mm(rows, weight if transposed else weight.mT, offs=offsets)
+
+    def outer_sm90(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+        return F.grouped_mm(left.T, right, offs=offsets)
+
+    monkeypatch.setattr(F, "grouped_mm", refusing(F.grouped_mm))
+    hopper = SimpleNamespace(multiply_sm90=refusing(multiply_sm90), outer_sm90=refusing(outer_sm90))
+    monkeypatch.setattr(torch.ops, "modmoe_cuda", hopper)
+
+    def odd(*size: int) -> Tensor:
+        return torch.randn(math.prod(size) + 1).bfloat16()[1:].view(size)
+
+    torch.manual_seed(0)
+    left, right, weight = odd(12, 16), odd(12, 8), odd(3, 16, 8)
+    offsets = torch.tensor([3, 3, 12], dtype=torch.int32)
+    groups = [slice(0, 3), slice(3, 3), slice(3, 12)]
+    for multiply, outer in ((_multiply_on_device, _outer_on_device), grouped_linear_sm90._PRODUCTS):
+        for matrix, rows in ((weight.mT, right), (weight, left)):
+            expected = torch.cat([rows[g] @ w for g, w in zip(groups, matrix, strict=True)])
+            torch.testing.assert_close(multiply(rows, matrix, offsets), expected)
+        torch.testing.assert_close(outer(left, right, offsets), torch.stack([left[g].T @ right[g] for g in groups]))
 
 
 def test_the_compiled_kernels_say_why_they_cannot_run() -> None:
