@@ -188,7 +188,9 @@ def cuda_archs() -> tuple[str, ...]:
     if not torch.cuda.is_available():
         return DEFAULT_ARCHS
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return tuple(sorted({"80"} | {f"{major}{minor}" + ("a" if major >= 9 else "") for major, minor in cards}))
+    # Older cards have no asynchronous copies and no bfloat16: nothing would compile for them.
+    own = {f"{major}{minor}" + ("a" if major >= 9 else "") for major, minor in cards if major >= 8}
+    return tuple(sorted({"80"} | own))
 
 
 def _gencode(arch: str) -> tuple[str, ...]:

@@ -171,6 +171,16 @@ def test_torch_without_cuda(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert build.library_problem("cuda") == "this torch is built without CUDA"
 
 
+def test_cards_that_are_too_old_are_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would compile for them, and a newer card beside them would have no kernels either."""
+    cards = [(7, 5), (8, 6), (9, 0)]
+    monkeypatch.delenv(build.ARCHS_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", cards.__getitem__)
+    assert build.cuda_archs() == ("80", "86", "90a")
+
+
 def test_cuda_without_its_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_HOME", str(cache))
