@@ -41,7 +41,7 @@ KEEPS = (0.75, 0.5, 0.375, 0.25)
 FURTHER_LOSSES = {"mutual-information": "mutual-information", "concentration": "none"}
 FURTHER_PRUNED = (0.5, 0.25)
 FURTHER_METRIC = "frequency"
-FURTHER = {"optimization__steps": 500, "optimization__learning_rate": 1e-3}
+FURTHER = {"optimization__steps": 500, "optimization__learning_rate": 3e-3}  # chosen on seed 0, of 1e-3 and 3e-3
 
 
 class SpecialisedModels(Models):
@@ -53,7 +53,7 @@ class SpecialisedModels(Models):
 
     def recovered(self, loss: str, keep: float) -> Path:
         """Experts go on the way, and the specialised model teaches."""
-        pruning = f"{{keep: {keep}, steps: 250, every: 10, metric: {FURTHER_METRIC}}}"
+        pruning = f"{{keep: {keep}, steps: 100, every: 10, metric: {FURTHER_METRIC}}}"
         init = self.specialised(loss)
         name = f"{loss}-recovered-{keep}"
         return self._tune(name, FURTHER_LOSSES[loss], init, finetuning__pruning=pruning, **FURTHER)
@@ -110,7 +110,8 @@ def measure_seed(seed: int, directory: Path) -> None:
                 results.measure(f"{loss}/{metric}/{denominator}/{keep}", how)
     for loss in FURTHER_LOSSES:
         results.measure(f"{loss}/longer", partial(lambda loss: score(models.longer(loss)), loss))
-        for keep in FURTHER_PRUNED:
+    for keep in FURTHER_PRUNED:
+        for loss in FURTHER_LOSSES:
             for name, train_it in (("recovery", models.recovered), ("at once", models.pruned_at_once)):
                 how = partial(lambda train_it, *which: score(train_it(*which)), train_it, loss, keep)
                 results.measure(f"{loss}/{name}/{keep}", how)
