@@ -162,8 +162,8 @@ def table(results: list[Values]) -> str:
             lines.append(f"| {loss} | {metric} | {whole} | " + " | ".join(row) + " |")
     lines += [
         "",
-        f"After {FURTHER['optimization__steps']} further steps (those after concentration without a router loss), in nats, "
-        "against the specialised model before them and the unpruned model after them:",
+        f"After {FURTHER['optimization__steps']} further steps (those after concentration without a router loss), in "
+        "nats, against the specialised model before them and the unpruned model after them:",
         "",
         "| router loss | experts kept | how | nats | % against before | % against unpruned, as long |",
         "|---|---|---|---|---|---|",
