@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple, Self, get_args
 import torch
 import torch.distributed as dist
 
+from modmoe.ops.backend import without_autocast
+
 BalanceLoss = Literal["mi", "concentration", "switch", "none"]
 
 
@@ -76,6 +78,7 @@ class RouterStatistics:
         return self.tokens_per_router()[0]
 
 
+@without_autocast
 def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     num_experts = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -110,6 +113,7 @@ def _split(vector: torch.Tensor) -> _Sums:
     return _Sums(prob, assignments, *scalars.unbind())
 
 
+@without_autocast
 def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
     """Each loss times the number of tokens it is averaged over: linear in the sums of the local tokens."""
     sums, whole = _split(local), _split(reference.detach())
@@ -129,6 +133,13 @@ def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[st
         else:
             raise ValueError(f"balance={kind!r} is not one of {get_args(BalanceLoss)}")
     return torch.stack(values)
+
+
+def _weighted(losses: torch.Tensor, kinds: Sequence[str], z_weight: float) -> torch.Tensor:
+    """(): the sum of one loss per kind, without bringing their weights to the device."""
+    return torch.stack(
+        [loss * z_weight if kind == "z" else loss for loss, kind in zip(losses, kinds, strict=True)]
+    ).sum()
 
 
 class RouterLosses(NamedTuple):
@@ -170,15 +181,14 @@ def router_losses(
     if not kinds:
         zero = local.vectors[0].new_zeros(())
         return RouterLosses(zero, {}, zero)
-    factors = local.vectors[0].new_tensor([z_weight if kind == "z" else 1.0 for kind in kinds])
     numerators = torch.stack([_numerators(a, b, kinds) for a, b in zip(local.vectors, reference.vectors, strict=True)])
     values = torch.stack([_numerators(b, b, kinds) for b in reference.detach().vectors])
     scale = 1.0 / len(local.vectors) if reduction == "mean" else 1.0
     per_token = 1.0 / reference.num_tokens.clamp_min(1)
     totals = (values * per_token).sum(0) * scale
-    local_total = (numerators.sum(0) @ factors) * scale
+    local_total = _weighted(numerators.sum(0), kinds, z_weight) * scale
     surrogate = local_total * per_token
-    value = totals @ factors
+    value = _weighted(totals, kinds, z_weight)
     return RouterLosses(
         aux_loss=surrogate + (value - surrogate).detach(),
         parts={kind: totals[i] for i, kind in enumerate(kinds)},

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modmoe import ModMoEForCausalLM
 from modmoe.losses import RouterStatistics, router_losses
@@ -42,6 +43,36 @@ def test_values_and_gradients_by_the_definition(kind):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     gradients = [torch.autograd.grad(x, logits)[0] for x in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ALL[:3])
+def test_autocast_changes_nothing(kind):
+    """In bf16 a sum over thousands of tokens and the log of a probability lose what balancing looks at."""
+    torch.manual_seed(0)
+    logits = torch.randn(500, E, requires_grad=True)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = loss(logits, kind, z_weight=0.1)
+        results.append((value, *torch.autograd.grad(value, logits)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_nothing_comes_from_the_host():
+    """A GPU's host would wait there for all that it has launched."""
+
+    class Operations(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(50, E, requires_grad=True)
+    with Operations() as operations:
+        loss(logits, "mi", z_weight=0.1).backward()
+    assert "aten::stack" in operations.names
+    assert "aten::lift_fresh" not in operations.names
 
 
 def test_closed_forms():
