@@ -12,7 +12,8 @@ from modmoe.training.run_config import RunConfig
 def training_arguments(run: RunConfig) -> TrainingArguments:
     """Settings of the Hugging Face Trainer; making them also sets up the process group."""
     optimization = run.optimization
-    return TrainingArguments(
+    on_gpu = device_type() == "cuda"
+    args = TrainingArguments(
         output_dir=str(run.output_dir),
         max_steps=run.steps(world_size()),
         per_device_train_batch_size=optimization.micro_batch_size,
@@ -21,12 +22,13 @@ def training_arguments(run: RunConfig) -> TrainingArguments:
         max_grad_norm=0.0 if clips_in_optimizer(run) else optimization.max_grad_norm,
         bf16=stores_bf16(run),
         deepspeed=deepspeed_config(run),
-        use_cpu=device_type() == "cpu",
+        use_cpu=not on_gpu,
         seed=run.seed,
         train_sampling_strategy="sequential",  # the data set is shuffled already
         remove_unused_columns=False,
         dataloader_num_workers=run.data.workers,
-        dataloader_pin_memory=device_type() == "cuda",
+        dataloader_pin_memory=on_gpu,
+        accelerator_config={"non_blocking": on_gpu},  # else the host waits for the device at every batch
         ddp_find_unused_parameters=False,
         ddp_timeout=round(60 * run.health.stuck_minutes),
         logging_steps=run.logging.interval,
@@ -41,6 +43,9 @@ def training_arguments(run: RunConfig) -> TrainingArguments:
         report_to=[],
         log_level="warning",
     )
+    # A process uses one GPU; without a launcher the Trainer would split each batch, enlarged, over all that it sees.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def deepspeed_config(run: RunConfig) -> dict[str, Any] | None:
