@@ -605,5 +605,5 @@ def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | Non
 
 def _num_tokens(batch: Batch) -> torch.Tensor:
     """(): routed tokens, which is all but padding."""
-    mask = batch.get("attention_mask")
-    return torch.tensor(batch["input_ids"].numel(), device=batch["input_ids"].device) if mask is None else mask.sum()
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return ids.new_full((), ids.numel()) if mask is None else mask.sum()

@@ -22,7 +22,8 @@ from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
 from modmoe.training.monitoring.throughput import parameter_counts
 from modmoe.training.pretraining import summary
-from modmoe.training.trainer import ModMoETrainer
+from modmoe.training.trainer import ModMoETrainer, _num_tokens
+from tests.operations import Operations
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,14 @@ def test_losses_of_unequal_micro_batches_add_up(make_run, tmp_path):
         trainer.train()
         logs.append([(r["loss"], r["grad_norm"]) for r in records(run)])
     assert torch.tensor(logs[0]).allclose(torch.tensor(logs[1]), rtol=1e-3)
+
+
+def test_tokens_are_counted_without_a_wait():
+    batch = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    with Operations() as operations:
+        count = _num_tokens(batch)
+    assert count == 6
+    operations.assert_nothing_waits()
 
 
 def test_both_passes_of_a_global_batch_draw_the_same_experts(make_run):
