@@ -99,8 +99,9 @@ def _choose(
     if not sample_top_k:
         return best
     chances = (probs + 1e-6).masked_fill(scores.isneginf(), 0.0).scatter(1, best, 0.0)
-    drawn = torch.multinomial(chances, sample_top_k, generator=generator)
-    return torch.cat([best, drawn], dim=-1)
+    # As torch.multinomial draws, the same numbers even; but that looks at the chances first, for which a device waits.
+    race = chances / torch.empty_like(chances).exponential_(generator=generator)
+    return torch.cat([best, race.topk(sample_top_k, dim=-1).indices], dim=-1)
 
 
 def _check_route(

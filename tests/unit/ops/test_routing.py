@@ -7,6 +7,7 @@ import torch
 
 from modmoe.ops import dispatch_plan, route, routing_cuda
 from modmoe.ops.routing import _route_backward
+from tests.operations import Operations
 
 SIZES = [(1, 1, 1), (1, 5, 2), (7, 4, 4), (33, 6, 3), (64, 32, 2)]
 
@@ -71,6 +72,16 @@ def test_sampling_keeps_the_best_and_draws_the_rest() -> None:
     assert all(len(set(row)) == 3 for row in index.tolist())
     torch.testing.assert_close(weights, probs.gather(1, index))
     assert not torch.equal(index, route(logits, 3).top_k_index)
+
+
+@pytest.mark.parametrize("sampled", [1, 2])
+def test_drawing_is_that_of_multinomial_without_a_wait(sampled: int) -> None:
+    logits = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    with Operations() as operations:
+        _, index = route(logits, sampled, sample_top_k=sampled, generator=torch.Generator().manual_seed(1))
+    operations.assert_nothing_waits()
+    chances = logits.softmax(-1) + 1e-6
+    assert torch.equal(index, torch.multinomial(chances, sampled, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.parametrize("sampled", [0, 1, 3])
