@@ -28,7 +28,8 @@ class Order(NamedTuple):
 
     @classmethod
     def of(cls, forward: Tensor) -> "Order":
-        return cls(forward, torch.empty_like(forward).scatter_(0, forward, torch.arange(len(forward)).to(forward)))
+        places = torch.arange(len(forward), device=forward.device)
+        return cls(forward, torch.empty_like(forward).scatter_(0, forward, places))
 
     def reversed(self) -> "Order":
         return Order(self.backward, self.forward)
