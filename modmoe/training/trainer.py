@@ -119,7 +119,7 @@ class ModMoETrainer(Trainer):
             contents=self._contents_of_step,
             divergence=self._divergence,
         )
-        self._stragglers = Stragglers(model.base_model)
+        self._stragglers = Stragglers(model.base_model, args.world_size)
         self._peak_tflops = device_peak_tflops(run)
         self._flops_per_token = self._count_flops(model)
         self._window = MetricWindow()

@@ -17,15 +17,17 @@ class Stragglers:
 
     Args:
         blocks: the base model: what comes after it, the router losses, may wait for other ranks.
+        ranks: how many there are; a single one times nothing, for nobody would ask.
     """
 
-    def __init__(self, blocks: nn.Module) -> None:
+    def __init__(self, blocks: nn.Module, ranks: int) -> None:
         self._data_seconds = 0.0
         self._forward_seconds = 0.0
         self._events: list[tuple[Any, Any]] = []
         self._begun: Any = None
-        blocks.register_forward_pre_hook(self._begin)
-        blocks.register_forward_hook(self._end)
+        if ranks > 1:
+            blocks.register_forward_pre_hook(self._begin)
+            blocks.register_forward_hook(self._end)
 
     def add_data_time(self, seconds: float) -> None:
         """Count time that this rank took to read a batch."""

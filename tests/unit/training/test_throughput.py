@@ -49,7 +49,7 @@ def test_peaks_by_name(name, peak):
 
 def test_the_slowest_rank_is_named(monkeypatch):
     blocks = torch.nn.Linear(2, 2)
-    stragglers = Stragglers(blocks)
+    stragglers = Stragglers(blocks, ranks=4)
     stragglers.add_data_time(1.0)
     blocks(torch.ones(2))
     blocks.eval()
@@ -65,3 +65,11 @@ def test_the_slowest_rank_is_named(monkeypatch):
     metrics = stragglers.metrics(2, torch.device("cpu"))
     assert (metrics["rank/slowest"], metrics["rank/slowest_over_median"]) == (2, 3.0)
     assert metrics["rank/own_seconds_per_step"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_single_rank_times_nothing(monkeypatch):
+    """On a GPU each forward pass would leave two events behind, for ever."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 1 / 0)
+    blocks = torch.nn.Linear(2, 2)
+    Stragglers(blocks, ranks=1)
+    blocks(torch.ones(2))
