@@ -21,6 +21,13 @@ _PART = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat
 
 # Logits are cut off here, in base 2: the sigmoid is one in float32, and what it leaves of the stick below any `stop`.
 _LARGEST_LOGIT = tl.constexpr(30.0)
+# Arguments that change from call to call, as a cache grows. Triton would compile anew where one becomes 1 or a
+# multiple of 16, or ceases to be; in these nothing that matters follows from it.
+_CHANGING = [
+    *("num_queries", "num_keys", "num_rows", "max_pages"),
+    *("splits", "first_split", "skip_blocks", "take_blocks"),
+    *("first_row_block", "row_blocks", "key_blocks", "grid_blocks"),
+]
 # Blocks that one step of the running sum in `backward_rows_kernel` takes.
 _SUM_BLOCKS = tl.constexpr(16)
 
@@ -114,7 +121,7 @@ def _sum_along_keys(x, ones, PARTS: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -229,7 +236,7 @@ def forward_kernel(
     _store_tile(out_ptr + out_row * HEAD_DIM, acc, inside, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def combine_kernel(
     parts_ptr,  # (splits, rows, D)
     sticks_ptr,  # (splits, rows), log2
@@ -259,7 +266,7 @@ def combine_kernel(
     tl.store(rem_ptr + row, tl.exp2(tl.sum(sticks, 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def backward_rows_kernel(
     q_ptr,
     k_ptr,
@@ -389,7 +396,7 @@ def backward_rows_kernel(
         running = tl.sum(tl.where(step == _SUM_BLOCKS - 1, sums, 0.0), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_CHANGING)
 def backward_keys_kernel(
     q_ptr,
     k_ptr,

@@ -368,7 +368,7 @@ def test_memory_grows_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compile_kernels(
-    capability: int, dtype: torch.dtype, dim: int, num_queries: int, masks: str
+    capability: int, dtype: torch.dtype, dim: int, num_queries: int, masks: str, num_keys: int = 512
 ) -> list[dict[str, Any]]:
     """Compile what `forward` (and `backward`) would launch on such a device, and say what the machine code uses."""
     import triton
@@ -390,6 +390,7 @@ def compile_kernels(
         compiled.append(
             {
                 "kernel": self.__name__,
+                "code": kernel.hash,
                 "registers": registers,
                 "stack": stack,
                 "shared": kernel.metadata.shared,
@@ -407,7 +408,7 @@ def compile_kernels(
         mock.patch.object(type(driver), "active", device),
         mock.patch.object(triton.JITFunction, "run", only_compile),
     ):
-        leaves, limits = make((1, 4, 2, num_queries, 512, dim), dtype, masks)
+        leaves, limits = make((1, 4, 2, num_queries, num_keys, dim), dtype, masks)
         options = (limits["key_mask"], limits["document_start"], 0.1, True, True)
         with torch.no_grad():
             out, remainder = stickbreaking_triton.forward(*leaves, *options)
@@ -460,3 +461,23 @@ def test_compiles_without_a_gpu(
         if kernel["kernel"] != "combine_kernel":
             assert kernel["products"] > 0, kernel
             assert kernel["ahead"] > 0, kernel
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ((90, torch.bfloat16, 64, "none"), [(1, 512), (1, 499)]),
+        ((80, torch.float16, 48, "both"), [(512, 512), (507, 509)]),
+    ],
+    ids=["decoding", "training"],
+)
+def test_the_same_machine_code_for_all_lengths(
+    compiler: Worker, options: tuple[int, torch.dtype, int, str], lengths: list[tuple[int, int]]
+) -> None:
+    """Of (queries, keys): one that is no multiple of 16 must not make a reader wait for the compiler."""
+    capability, dtype, dim, masks = options
+    first, second = (
+        [kernel["code"] for kernel in compiler(compile_kernels, capability, dtype, dim, queries, masks, keys)]
+        for queries, keys in lengths
+    )
+    assert first == second
