@@ -16,6 +16,7 @@ growth MiB    of resident memory on rank 0 (of PyTorch's allocator on a GPU) fro
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 import time
@@ -42,8 +43,11 @@ def main() -> int:
     prepare_process(use_deepspeed=True)
     import deepspeed
 
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # the engine does so too late for what comes before it
     deepspeed.init_distributed()
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     config = ModMoEConfig(**yaml.safe_load(arguments.model.read_text()))
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (arguments.batch, arguments.length)
