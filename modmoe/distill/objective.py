@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from modmoe.distill.signals import TopK
 from modmoe.losses.distillation import forward_kl, hidden_error, kl_terms, sum_of_chunks
+from modmoe.ops.backend import without_autocast
 
 IGNORE_INDEX = -100
 
@@ -209,6 +210,7 @@ def relation_loss(
     return _mean(kl_terms(log_p, log_q).sum(-1).mean(1), token_mask)
 
 
+@without_autocast
 def _relations(states: torch.Tensor, token_mask: torch.Tensor | None, num_heads: int) -> torch.Tensor:
     """(B, T, H) -> (B, heads, T, T) log probabilities."""
     width = states.shape[-1]

@@ -22,8 +22,6 @@ from typing import Literal, NamedTuple, Self, get_args
 import torch
 import torch.distributed as dist
 
-from modmoe.ops.backend import without_autocast
-
 BalanceLoss = Literal["mi", "concentration", "switch", "none"]
 
 
@@ -78,7 +76,6 @@ class RouterStatistics:
         return self.tokens_per_router()[0]
 
 
-@without_autocast
 def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     num_experts = logits.shape[-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -96,7 +93,8 @@ def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Ten
             keep.sum(),
         ]
     )
-    return torch.cat([keep @ g, counts[:-1], scalars])
+    # A product of elements and a sum, here and below: autocast would make matrix products of bf16.
+    return torch.cat([(keep[:, None] * g).sum(0), counts[:-1], scalars])
 
 
 class _Sums(NamedTuple):
@@ -113,7 +111,6 @@ def _split(vector: torch.Tensor) -> _Sums:
     return _Sums(prob, assignments, *scalars.unbind())
 
 
-@without_autocast
 def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
     """Each loss times the number of tokens it is averaged over: linear in the sums of the local tokens."""
     sums, whole = _split(local), _split(reference.detach())
@@ -122,12 +119,12 @@ def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[st
     values = []
     for kind in kinds:
         if kind == "mi":
-            values.append(sums.prob @ log_p - sums.neg_entropy)
+            values.append((sums.prob * log_p).sum() - sums.neg_entropy)
         elif kind == "concentration":
-            values.append(-(sums.prob @ log_p))
+            values.append(-(sums.prob * log_p).sum())
         elif kind == "switch":
             f = whole.assignments / whole.assignments.sum().clamp_min(1)
-            values.append(len(p) * (sums.prob @ f))
+            values.append(len(p) * (sums.prob * f).sum())
         elif kind == "z":
             values.append(sums.z)
         else:

@@ -156,6 +156,8 @@ def test_relations_compare_tokens_at_any_width():
     student, other = student.clone(), other.clone()
     student[0, 3:], other[0, 3:] = 5.0, -3.0
     torch.testing.assert_close(relation_loss(student, other, mask, 2), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relation_loss(student, other, mask, 2).equal(expected)
     with pytest.raises(ValueError, match="relation_heads=3 must divide the width 8"):
         relation_loss(student, other, mask, 3)
 
