@@ -6,8 +6,8 @@ Does a model that learns a new domain forget the old ones?
 
 Per seed a base model of Python and English learns C in three ways at equal tokens: by an extension (4 FFN and 2
 attention experts in each layer, all else frozen), by LoRA of as many parameters, and by full fine-tuning; from C alone
-("lifelong"), and from half C and half old domains ("joint"). Learning rates were chosen on another seed, each the best
-on C of two or three in short runs.
+("lifelong"), and from half C and half old domains ("joint"), where the extension's routers may also be told which text
+they are for. Learning rates were chosen on another seed, each the best on C of two or three in short runs.
 
 Writes docs/results/extend; what a seed's file there holds already is not measured again.
 """
@@ -22,9 +22,16 @@ C = "{name: c, embedded: c, max_bytes: 4000000, weight: 0.5}"
 PYTHON = "{name: python, embedded: python, weight: 0.4}"
 ENGLISH = "{name: english, embedded: english, weight: 0.1}"
 RECIPES = {"lifelong": f"[{C}]", "joint": f"[{C}, {PYTHON}, {ENGLISH}]"}
-LEARNING_RATES = {"extension": 5e-3, "lora": 1e-2, "full": 3e-3}
+LEARNING_RATES = {"extension": 5e-3, "told": 5e-3, "lora": 1e-2, "full": 3e-3}
 LORA_RANK = 20  # 660,480 parameters; the extension has 642,048
-TITLES = {"extension": "extension", "lora": "LoRA", "full": "full fine-tuning"}
+TITLES = {
+    "extension": "extension",
+    "told": "extension, told what it is for",
+    "lora": "LoRA",
+    "full": "full fine-tuning",
+}
+# With C alone there is nothing to tell apart.
+ARMS = [(recipe, method) for recipe in RECIPES for method in TITLES if (recipe, method) != ("lifelong", "told")]
 
 
 class ExtendedModels(Models):
@@ -38,13 +45,16 @@ class ExtendedModels(Models):
             run(ROOT / "tools" / "extend.py", "--model", self.base(), *new, "--out", out)
         return out
 
-    def taught(self, method: str, recipe: str, rate: float) -> Path:
-        options = {"seed": self.seed, "finetuning__method": method, "data__sources": RECIPES[recipe]}
-        if method == "extension":
-            options["finetuning__extensions"] = "[c]"
+    def taught(self, recipe: str, method: str) -> Path:
+        options = {"seed": self.seed, "data__sources": RECIPES[recipe], "finetuning__method": method}
+        if method in ("extension", "told"):
+            options |= {"finetuning__method": "extension", "finetuning__extensions": "[c]"}
+        if method == "told":
+            options["finetuning__domain_loss"] = "{sources: [c]}"
         if method == "lora":
             options["finetuning__lora"] = f"{{rank: {LORA_RANK}, alpha: {2 * LORA_RANK}}}"
-        init = self.extended() if method == "extension" else self.base()
+        init = self.base() if method in ("lora", "full") else self.extended()
+        rate = LEARNING_RATES[method]
         out = self.directory / f"{method}-{recipe}-{rate:g}"
         return train(
             "finetune.py", "experiments/extend.yaml", out, init=init, optimization__learning_rate=rate, **options
@@ -55,10 +65,8 @@ def measure_seed(seed: int, directory: Path) -> None:
     models, results = ExtendedModels(seed, directory), Results(NAME, seed)
     score = Scorer(models.base)
     results.measure("base", lambda: score(models.base()))
-    for method, rate in LEARNING_RATES.items():
-        for recipe in RECIPES:
-            how = partial(lambda *which: score(models.taught(*which)), method, recipe, rate)
-            results.measure(f"{method}/{recipe}", how)
+    for arm in ARMS:
+        results.measure("/".join(arm), partial(lambda arm: score(models.taught(*arm)), arm))
 
 
 def table(results: list[Values]) -> str:
@@ -72,13 +80,11 @@ def table(results: list[Values]) -> str:
         + " | ".join(mean_and_spread((r["base"][d] for r in results), "{:.3f}") + " nats" for d in DOMAINS[:2])
         + " |",
     ]
-    for recipe in RECIPES:
-        for method, title in TITLES.items():
-            new = mean_and_spread((r[f"{method}/{recipe}"]["c"] for r in results), "{:.3f}")
-            old = [
-                mean_and_spread(increase(r, f"{method}/{recipe}", domain) for r in results) for domain in DOMAINS[:2]
-            ]
-            lines.append(f"| {recipe} | {title} | {new} | " + " | ".join(old) + " |")
+    for recipe, method in ARMS:
+        name = f"{recipe}/{method}"
+        new = mean_and_spread((r[name]["c"] for r in results), "{:.3f}")
+        old = [mean_and_spread(increase(r, name, domain) for r in results) for domain in DOMAINS[:2]]
+        lines.append(f"| {recipe} | {TITLES[method]} | {new} | " + " | ".join(old) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,15 +96,18 @@ def draw(results: list[Values], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, recipe in zip(figure.subplots(1, 2, sharex=True, sharey=True), RECIPES, strict=True):
-        for method, title in TITLES.items():
-            points = [r[f"{method}/{recipe}"]["c"] for r in results]
-            forgotten = [(increase(r, f"{method}/{recipe}", "python")) for r in results]
-            axis.scatter(points, forgotten, label=title)
+    axes = dict(zip(RECIPES, figure.subplots(1, 2, sharex=True, sharey=True), strict=True))
+    colors = {method: f"C{number}" for number, method in enumerate(TITLES)}
+    for recipe, method in ARMS:
+        name = f"{recipe}/{method}"
+        learned = [r[name]["c"] for r in results]
+        forgotten = [increase(r, name, "python") for r in results]
+        axes[recipe].scatter(learned, forgotten, label=TITLES[method], color=colors[method])
+    for recipe, axis in axes.items():
         axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
         axis.set(title=recipe, xlabel="C, nats per token", yscale="symlog")
-    figure.axes[0].set_ylabel("Python, % worse than before")
-    figure.axes[0].legend()
+    axes["lifelong"].set_ylabel("Python, % worse than before")
+    axes["joint"].legend()
     figure.savefig(path, dpi=120)
 
 

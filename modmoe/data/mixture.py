@@ -86,7 +86,12 @@ class MixtureDataset(Dataset[Example]):
         weights: positive share of each domain.
         num_blocks: length of the dataset.
         seed: of the order.
+
+    Attributes:
+        fields: domain -> what its examples hold besides; nothing unless it is set.
     """
+
+    fields: Mapping[str, Example] = {}
 
     def __init__(
         self, domains: Mapping[str, PackedDataset], weights: Mapping[str, float], num_blocks: int, seed: int
@@ -102,7 +107,7 @@ class MixtureDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         """Return example `index` as `packed_example` makes it."""
         name, block = self.locate(index)
-        return self._domains[name][block]
+        return self._domains[name][block] | self.fields.get(name, {})
 
     def locate(self, index: int) -> tuple[str, int]:
         """Return the domain of example `index` and the block within the domain."""
@@ -130,7 +135,12 @@ class StreamingMixture(IterableDataset[Example]):
         weights: positive share of each domain.
         num_blocks: examples in all.
         seed: of the order.
+
+    Attributes:
+        fields: as of `MixtureDataset`.
     """
+
+    fields: Mapping[str, Example] = {}
 
     def __init__(
         self,
@@ -156,7 +166,8 @@ class StreamingMixture(IterableDataset[Example]):
     def _examples(self) -> Iterator[Example]:
         sequences = {name: self._endless(name) for name in self._domains}
         for index in range(self._num_blocks):
-            yield next(sequences[self._schedule.locate(index)[0]])
+            name = self._schedule.locate(index)[0]
+            yield next(sequences[name]) | self.fields.get(name, {})
 
     def _endless(self, name: str) -> Iterator[Example]:
         domain = self._domains[name]

@@ -12,7 +12,7 @@ from modmoe.layers.router import RouterOutput
 
 def decline(routing: RouterOutput) -> RouterOutput:
     """
-    Take the null choice out of what a router over [null, new experts] has decided.
+    Turn what a router over [null, new experts] has chosen into choices of new experts.
 
     Experts that come behind null are not used: a token may decline all of them, whatever K. Gates stay shares of the
     softmax that null has a share of; what null is given, the experts lack.
@@ -21,12 +21,12 @@ def decline(routing: RouterOutput) -> RouterOutput:
         routing: logits (N, 1 + E); choices (N, K) from best to worst, 0 for null.
 
     Returns:
-        logits (N, E), gates and choices of the new experts: gate 0 and choice E for a slot without an expert.
+        the same logits; gates and choices of the new experts: gate 0 and choice E for a slot without an expert.
     """
     num_experts = routing.logits.shape[-1] - 1
     declined = (routing.top_k_index == 0).cumsum(-1) > 0
     return RouterOutput(
-        routing.logits[:, 1:],
+        routing.logits,
         routing.top_k_weights.masked_fill(declined, 0.0),
         (routing.top_k_index - 1).masked_fill(declined, num_experts),
     )

@@ -216,7 +216,11 @@ class AttentionExtension(QueryExperts):
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, **kwargs: Any
     ) -> tuple[torch.Tensor, RouterOutput]:
-        """(B, T, H) -> (B, T, H) and the router output without null; `kwargs` are for `read`."""
+        """
+        (B, T, H) -> (B, T, H) and what the router says of null and the new experts, see `decline`.
+
+        `kwargs` are for `read`.
+        """
         assert self.gate is not None
         routing = decline(self.gate(hidden_states.flatten(0, 1), token_mask))
         return self.read(hidden_states, routing, added=[], **kwargs)[0], routing
@@ -294,7 +298,7 @@ class FFNExtension(nn.Module):
         self.experts = _ffn_pool(config, extension.num_experts)
 
     def forward(self, flat: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, RouterOutput]:
-        """(N, H) -> (N, H) and the router output without null."""
+        """(N, H) -> (N, H) and what the router says of null and the new experts, see `decline`."""
         routing = decline(self.gate(flat, token_mask))
         index = _known_index(self.config, routing.top_k_index, self.experts.num_experts)
         return self.experts(flat, index, routing.top_k_weights), routing

@@ -284,8 +284,9 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         vectors = RouterStatistics.of(logits, indices, mask).vectors
         for name, added in (outputs.extension_router_logits or {}).items():
             for scores, index in zip(added, cast(dict, outputs.extension_router_indices)[name], strict=True):
-                uses = (index < scores.shape[-1]).any(-1)
-                vectors += RouterStatistics.of([scores], [index], uses).vectors
+                of_experts = scores[:, 1:]
+                uses = (index < of_experts.shape[-1]).any(-1)
+                vectors += RouterStatistics.of([of_experts], [index], uses).vectors
         return RouterStatistics(vectors)
 
     @torch.no_grad()

@@ -18,8 +18,8 @@ class ModMoEModelOutputWithPast(MoeModelOutputWithPast):
         attn_router_logits: of the attention routers, (N, E) fp32.
         router_indices: choices of the FFN routers, (N, K) int64; E for a token that is not routed.
         attn_router_indices: choices of the attention routers.
-        extension_router_logits: of each extension with routers of its own, by name, (N, E) fp32: its FFN routers, then
-            its attention routers, layer by layer. Without the null choice.
+        extension_router_logits: of each extension with routers of its own, by name, (N, 1 + E) fp32: its FFN routers,
+            then its attention routers, layer by layer. The null choice is the first.
         extension_router_indices: their choices, (N, K) int64; E for a slot that has no expert. "common" extensions
             are behind the model's own experts in the tensors above.
     """

@@ -46,6 +46,15 @@ class TeacherSection(Section):
     """Factor on the relative squared error of the hidden states, for a teacher of the same depth and width."""
 
 
+class DomainLossSection(Section):
+    """Teaches the routers of extensions which text their experts are for; on other text they learn to decline."""
+
+    sources: list[str] = Field(min_length=1)
+    """Names of the sources that the extensions are for; all others are text to stay out of."""
+    coefficient: float = Field(default=1.0, gt=0)
+    """Its factor in the training loss."""
+
+
 class PruningSection(Section):
     """Removes experts a few at a time while the model of `init` teaches (HomoDistil, arXiv:2302.09632)."""
 
@@ -74,6 +83,8 @@ class FinetuningSection(Section):
     """What is trained: everything, the experts of all pools, the routers, adapters, or extensions alone."""
     extensions: list[str] = Field(default_factory=list)
     """Names of the extensions that method "extension" trains."""
+    domain_loss: DomainLossSection | None = None
+    """What the extensions are for, with method "extension" and old text beside the new; none: the data decides."""
     lora: LoraSection | None = None
     """Adapters, with method "lora"."""
     router_loss: RouterLossSection | None = None
@@ -98,6 +109,11 @@ class FinetuningSection(Section):
             raise ValueError(
                 f"finetuning: extensions={self.extensions} with method {self.method!r}: name extensions to train with "
                 "method 'extension', and only then"
+            )
+        if self.domain_loss is not None and self.method != "extension":
+            raise ValueError(
+                f"finetuning: domain_loss is given with method {self.method!r}: set method to 'extension', or remove "
+                "it"
             )
         if self.pruning is not None and self.method in ("lora", "extension"):
             raise ValueError(

@@ -17,6 +17,7 @@ from modmoe.training.checkpoints.consolidation import write_all_but_weights, wri
 from modmoe.training.checkpoints.sharded_state import ShardedState
 from modmoe.training.errors import ConfigError
 from modmoe.training.finetuning.config import FinetuningRun, TeacherSection
+from modmoe.training.finetuning.domain import INSIDE, DomainLoss
 from modmoe.training.finetuning.lora import ADAPTER, add_adapters, write_adapter, write_merged
 from modmoe.training.finetuning.recovery import Recovery
 from modmoe.training.finetuning.router_schedule import RouterLossSchedule
@@ -74,6 +75,8 @@ class FinetuningTrainer(ModMoETrainer):
         if self._recovery is not None:
             self.add_callback(self._recovery)
         self._teacher = self._load_teacher()
+        self._domain_loss = self._make_domain_loss()
+        self._inside: list[torch.Tensor] = []
 
     def _load_teacher(self) -> Teacher | None:
         section = self.run.finetuning.teacher
@@ -86,11 +89,29 @@ class FinetuningTrainer(ModMoETrainer):
         precision = run_precision(self.run)
         return load_teacher(section, self.run.init, self.model, self.data.tokenizer, precision, self.args)
 
+    def _make_domain_loss(self) -> DomainLoss | None:
+        tuning = self.run.finetuning
+        if tuning.domain_loss is None:
+            return None
+        loss = DomainLoss(tuning.domain_loss, self.model, tuning.extensions, self.run.data.sources)
+        self.data.train.fields = loss.fields
+        self._model_options["output_router_logits"] = True
+        return loss
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        samples = super().get_batch_samples(*args)
+        if self._domain_loss is not None:
+            self._inside = [batch.pop(INSIDE) for batch in samples[0]]  # not for the model
+        return samples
+
     def _add_to_loss(self, outputs: Any, inputs: Batch, num_labels: torch.Tensor | int | None) -> Batch:
-        if self._teacher is None:
-            return {}
-        assert num_labels is not None
-        return self._teacher.teach(outputs, inputs, num_labels, self._step_tokens)
+        parts: Batch = {}
+        if self._domain_loss is not None:
+            parts |= self._domain_loss.add(outputs, self._inside.pop(0), self._step_tokens)
+        if self._teacher is not None:
+            assert num_labels is not None
+            parts |= self._teacher.teach(outputs, inputs, num_labels, self._step_tokens)
+        return parts
 
     def _figures(self) -> dict[str, float]:
         figures = {} if self._schedule is None else {"router_loss_coefficient": self._schedule.coefficient}

@@ -32,7 +32,7 @@ def test_outputs_of_routers(ids):
     assert [x.shape for x in out.router_logits] == [(60, 6 + 2)] * 2
     assert [x.shape for x in out.attn_router_logits] == [(60, 4 + 1)] * 2
     assert out.extension_router_logits.keys() == {"g"}
-    assert [x.shape for x in out.extension_router_logits["g"]] == [(60, 3)] * 2 + [(60, 2)] * 2
+    assert [x.shape for x in out.extension_router_logits["g"]] == [(60, 1 + 3)] * 2 + [(60, 1 + 2)] * 2
     for index, load in zip(out.extension_router_indices["g"], out.extension_tokens_per_expert["g"], strict=True):
         assert load.tolist() == [int((index == expert).sum()) for expert in range(len(load))]
         assert (index[:5] == len(load)).all()  # padding

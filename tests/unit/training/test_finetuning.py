@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import random
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from modmoe import ModMoEConfig, ModMoEForCausalLM
-from modmoe.data import SourceConfig, TokenizerConfig, prepare_data
+from modmoe.data import SourceConfig, TokenizerConfig, collate_packed, prepare_data
 from modmoe.models.extension import Extension
 from modmoe.surgery.extend import add_extension
 from modmoe.surgery.fingerprint import checkpoint_identity
@@ -140,6 +142,55 @@ def test_an_extension_is_trained_alone(make, base, tmp_path):
     changes["output_dir"] = str(tmp_path / "other")
     message = refused(make(changes, method="extension", extensions=["old"]))
     assert message.startswith("finetuning.extensions: the model has no extension 'old'")
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """Sources whose text shares no letter."""
+    sources = []
+    for name, letters in (("old", "ab"), ("new", "gh")):
+        draw = random.Random(name)
+        path = tmp_path / f"{name}.jsonl"
+        texts = [" ".join("".join(draw.choices(letters, k=4)) for _ in range(30)) for _ in range(40)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        sources.append({"name": name, "files": [str(path)], "validation_fraction": 0.2})
+    return sources
+
+
+def test_an_extension_learns_what_it_is_for(make, base, two_sources, tmp_path):
+    """It declines the tokens of other sources, without having to find out that it does harm."""
+    extension = Extension("new", num_experts=2, num_experts_per_tok=2, num_attn_experts=1)
+    add_extension(base, tmp_path / "extended", extension)
+    changes = {"init": str(tmp_path / "extended"), "data.sources": two_sources}
+    changes |= {"optimization.steps": 40, "optimization.learning_rate": 3e-2}
+    tuning = {"method": "extension", "extensions": ["new"]}
+    run = make(changes, **tuning, domain_loss={"sources": ["new"]})
+    trainer = train(run)
+    losses = [record["aux/domain"] for record in records(run)]
+    assert losses[-1] < 0.2 < math.log(2) * 0.9 < losses[0]
+    used = {}
+    for name, dataset in trainer.data.validation.items():
+        batch = collate_packed([dataset[0]])
+        with torch.no_grad():
+            users = trainer.model.eval()(**batch).extension_users["new"]
+        used[name] = [float(some / seen) for some, seen in users]
+    assert max(used["old"]) < 0.1 < 0.9 < min(used["new"])
+
+
+def test_a_domain_loss_needs_something_to_tell_apart(make, base, two_sources, tmp_path):
+    for mode in ("group", "common"):
+        add_extension(base, tmp_path / mode, Extension("new", num_experts=2, mode=mode))
+    changes = {"init": str(tmp_path / "group"), "data.sources": two_sources}
+    tuning = {"method": "extension", "extensions": ["new"]}
+
+    def message(sources, **more):
+        return refused(make(changes | more, **tuning, domain_loss={"sources": sources}))
+
+    assert "'c' is none of the sources that are trained on: old, new" in message(["c"])
+    assert "there is no text to stay out of" in message(["old", "new"])
+    assert "has no null choice" in message(["new"], init=str(tmp_path / "common"))
+    with pytest.raises(ConfigError, match="set method to 'extension', or remove it"):
+        make(changes, method="full", domain_loss={"sources": ["new"]})
 
 
 def test_a_dense_model_has_no_experts_to_train(make, base, tmp_path):
