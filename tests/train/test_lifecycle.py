@@ -30,7 +30,7 @@ PAGE = (ROOT / "docs" / "lifecycle.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 NUMBERS = {
     "--tokens 65536": "--tokens 256 --sequence-length 32",
-    "steps: 200": "steps: 2, every: 1, blocks: 4",
+    "steps: 100}}": "steps: 2, every: 1, blocks: 4}}",
     "--optimization.steps 400": "--optimization.steps 4",
     "--model.intermediate_size 512": "--model.intermediate_size 32",
     "64 * 256": "4 * 32",
