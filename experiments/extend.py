@@ -7,7 +7,8 @@ Does a model that learns a new domain forget the old ones?
 Per seed a base model of Python and English learns C in three ways at equal tokens: by an extension (4 FFN and 2
 attention experts in each layer, all else frozen), by LoRA of as many parameters, and by full fine-tuning; from C alone
 ("lifelong"), and from half C and half old domains ("joint"), where the extension's routers may also be told which text
-they are for. Learning rates were chosen on another seed, each the best on C of two or three in short runs.
+they are for. Learning rates were chosen on another seed, each the best on C of two or three in short runs
+without the latter.
 
 Writes docs/results/extend; what a seed's file there holds already is not measured again.
 """

@@ -105,7 +105,7 @@ class MixtureDataset(Dataset[Example]):
         return self._num_blocks
 
     def __getitem__(self, index: int) -> Example:
-        """Return example `index` as `packed_example` makes it."""
+        """Return example `index` as `packed_example` makes it, with the `fields` of its domain."""
         name, block = self.locate(index)
         return self._domains[name][block] | self.fields.get(name, {})
 

@@ -98,7 +98,8 @@ def collate_packed(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, Tenso
         examples: results of `packed_example`.
 
     Returns:
-        The same keys, each (B, T) int64. There is no attention mask because there is no padding.
+        The same keys, each (B, T) int64, and (B,) what a mixture's `fields` add. There is no attention mask because
+        there is no padding.
 
     Raises:
         ValueError: if the blocks differ in length.

@@ -99,7 +99,8 @@ def _choose(
     if not sample_top_k:
         return best
     chances = (probs + 1e-6).masked_fill(scores.isneginf(), 0.0).scatter(1, best, 0.0)
-    # As torch.multinomial draws, the same numbers even; but that looks at the chances first, for which a device waits.
+    # As torch.multinomial draws, the same numbers even; but that asserts on its input first, in some versions on the
+    # host.
     race = chances / torch.empty_like(chances).exponential_(generator=generator)
     return torch.cat([best, race.topk(sample_top_k, dim=-1).indices], dim=-1)
 

@@ -133,6 +133,8 @@ class FinetuningRun(RunConfig):
     @model_validator(mode="after")
     def _check_finetuning(self) -> Self:
         tuning = self.finetuning
+        if tuning.domain_loss is not None:
+            self._check_domains(tuning.domain_loss.sources)
         if tuning.method == "lora" and self.expert_parallel_size > 1:
             raise ValueError(f"method 'lora' and expert_parallel_size={self.expert_parallel_size} exclude each other")
         if tuning.pruning is None:
@@ -148,3 +150,17 @@ class FinetuningRun(RunConfig):
                 "steps to recover: raise optimization.steps"
             )
         return self
+
+    def _check_domains(self, inside: list[str]) -> None:
+        trained = {source.name for source in self.data.sources if source.weight > 0}
+        unknown = sorted(set(inside) - trained)
+        if unknown:
+            raise ValueError(
+                f"finetuning.domain_loss.sources: {unknown[0]!r} is none of the sources that are trained on: "
+                f"{', '.join(sorted(trained))}"
+            )
+        if trained == set(inside):
+            raise ValueError(
+                "finetuning.domain_loss.sources names all sources that are trained on, so that there is no text to "
+                "stay out of: add some of the old text to data.sources, or remove domain_loss"
+            )

@@ -30,7 +30,7 @@ class DomainLoss:
         fields: per source, what its blocks have to say.
 
     Raises:
-        ConfigError: if there is nothing to tell apart, or no router to learn it.
+        ConfigError: if an extension has no router to learn it.
     """
 
     def __init__(
@@ -42,25 +42,13 @@ class DomainLoss:
     ) -> None:
         self._coefficient = section.coefficient
         self._extensions = extensions
-        trained = [source.name for source in sources if source.weight > 0]
-        unknown = sorted(set(section.sources) - set(trained))
-        if unknown:
-            raise ConfigError(
-                f"finetuning.domain_loss.sources: {unknown[0]!r} is none of the sources that are trained on: "
-                f"{', '.join(trained)}"
-            )
-        if set(section.sources) == set(trained):
-            raise ConfigError(
-                "finetuning.domain_loss.sources names all sources that are trained on, so that there is no text to "
-                "stay out of: add some of the old text to data.sources, or remove domain_loss"
-            )
         for extension in model.config.extension_list():
             if extension.name in extensions and extension.mode == "common":
                 raise ConfigError(
                     f"finetuning.domain_loss: extension {extension.name!r} shares the model's routers (mode 'common') "
                     "and has no null choice: remove domain_loss"
                 )
-        self.fields = {name: {INSIDE: np.array(name in section.sources)} for name in trained}
+        self.fields = {source.name: {INSIDE: np.array(source.name in section.sources)} for source in sources}
 
     def add(self, outputs: Any, inside: torch.Tensor, num_tokens: torch.Tensor | int) -> dict[str, torch.Tensor]:
         """

@@ -183,14 +183,16 @@ def test_a_domain_loss_needs_something_to_tell_apart(make, base, two_sources, tm
     changes = {"init": str(tmp_path / "group"), "data.sources": two_sources}
     tuning = {"method": "extension", "extensions": ["new"]}
 
-    def message(sources, **more):
-        return refused(make(changes | more, **tuning, domain_loss={"sources": sources}))
-
-    assert "'c' is none of the sources that are trained on: old, new" in message(["c"])
-    assert "there is no text to stay out of" in message(["old", "new"])
-    assert "has no null choice" in message(["new"], init=str(tmp_path / "common"))
+    for sources, message in (
+        (["c"], "'c' is none of the sources that are trained on: new, old"),
+        (["old", "new"], "there is no text to stay out of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(changes, **tuning, domain_loss={"sources": sources})
     with pytest.raises(ConfigError, match="set method to 'extension', or remove it"):
         make(changes, method="full", domain_loss={"sources": ["new"]})
+    run = make(changes | {"init": str(tmp_path / "common")}, **tuning, domain_loss={"sources": ["new"]})
+    assert "has no null choice" in refused(run)
 
 
 def test_a_dense_model_has_no_experts_to_train(make, base, tmp_path):
