@@ -195,22 +195,24 @@ def increase(result: Values, name: str, against: str) -> float:
 def draw(results: list[Values], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(1, len(ROUTER_LOSSES), sharey=True)
     for axis, loss in zip(axes, ROUTER_LOSSES, strict=True):
         for metric in METRICS:
             curves = [[increase(r, f"{loss}/{metric}/drop/{keep}", f"{loss}/all") for keep in KEEPS] for r in results]
             plot(axis, [1.0, *KEEPS], [[0.0, *curve] for curve in curves], label=f"by {metric}", marker="o")
-        if loss in FURTHER_LOSSES:
-            curves = [
-                [increase(r, f"{loss}/recovery/{keep}", f"{loss}/longer") for keep in FURTHER_PRUNED] for r in results
+        for how, color in (("recovery", "C4"), ("at once", "C5")) if loss in FURTHER_LOSSES else ():
+            points = [
+                (keep, increase(r, f"{loss}/{how}/{keep}", f"{loss}/longer"))
+                for keep in FURTHER_PRUNED
+                for r in results
             ]
-            plot(axis, FURTHER_PRUNED, curves, label="recovery, against unpruned and as long", marker="*")
+            axis.scatter(*zip(*points, strict=True), marker="*", color=color, label=f"{how}, all trained further")
         axis.axhline(2, color="grey", linestyle=":", linewidth=1)
         axis.set(title=f"router loss: {loss}", xlabel="share of the experts that stays", yscale="symlog")
         axis.invert_xaxis()
     axes[0].set_ylabel("cross entropy on Python, % worse")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METRICS) + 2)
     figure.savefig(path, dpi=120)
 
 
