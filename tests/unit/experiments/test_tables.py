@@ -9,7 +9,7 @@ import pytest
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 
-@pytest.mark.parametrize("name", ["specialise_and_prune"])
+@pytest.mark.parametrize("name", ["specialise_and_prune", "extend"])
 def test_a_table_is_that_of_its_measurements(name):
     seeds = sorted((RESULTS / name).glob("seed-*.json"))
     assert len(seeds) == 3
