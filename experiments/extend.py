@@ -106,7 +106,7 @@ def draw(results: list[Values], path: Path) -> None:
         axes[recipe].scatter(learned, forgotten, label=TITLES[method], color=colors[method])
     for recipe, axis in axes.items():
         axis.axhline(0.5, color="grey", linestyle=":", linewidth=1)
-        axis.set(title=recipe, xlabel="C, nats per token", yscale="symlog")
+        axis.set(title=recipe, xlabel="C, nats per token", yscale="symlog", ylim=(0, 150))
     axes["lifelong"].set_ylabel("Python, % worse than before")
     axes["joint"].legend()
     figure.savefig(path, dpi=120)
