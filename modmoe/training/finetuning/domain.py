@@ -18,7 +18,7 @@ INSIDE = "inside"
 
 class DomainLoss:
     """
-    Adds to a student's loss: coefficient * mean over tokens and routers of `domain_loss`.
+    Adds to a model's loss: coefficient * mean over tokens and routers of `domain_loss`.
 
     Args:
         section: sources and coefficient.
