@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "experiments"))
+sys.path.append(str(Path(__file__).parents[3] / "experiments"))  # last: tools/ has an extend.py too
