@@ -1,7 +1,7 @@
 """Routers: hidden states -> logits over the experts of a layer -> the chosen experts and their gates.
 
-Letters: N tokens, H hidden size, E experts, K experts per token, G router hidden size, R rows of `weight`: E, and
-those of pruned experts that stay in the softmax.
+Letters: N tokens, H hidden size, C context size, E experts, K experts per token, G router hidden size, R rows of
+`weight`: E, and those of pruned experts that stay in the softmax.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +46,7 @@ class Router(nn.Module):
         sample_top_k: int = 0,
         selection_bias: bool = False,
         num_pruned: int = 0,
+        context_size: int = 0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
@@ -54,7 +55,13 @@ class Router(nn.Module):
         self.renormalize = renormalize
         self.unit_gates = unit_gates
         self.sample_top_k = sample_top_k
-        self.weight = nn.Parameter(torch.empty(num_experts + num_pruned, width))
+        rows = num_experts + num_pruned
+        self.weight = nn.Parameter(torch.empty(rows, width))
+        # (R, C), zero at first: what the document so far adds to the scores.
+        self.context_weight: nn.Parameter | None
+        self.register_parameter(
+            "context_weight", nn.Parameter(torch.empty(rows, context_size)) if context_size else None
+        )
         # (E,) ascending: the row of each expert, if other rows are those of pruned ones. Rows keep their places, for a
         # softmax over the same numbers in another order is another one in the last bit.
         self.expert_rows: torch.Tensor | None
@@ -76,17 +83,22 @@ class Router(nn.Module):
         hidden_states: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         more_rows: Sequence[torch.Tensor] = (),
+        context: torch.Tensor | None = None,
     ) -> RouterOutput:
         """
         Args:
             hidden_states: (N, H).
             token_mask: (N,) bool; False tokens are not routed. All are if None.
             more_rows: of experts that were added, behind those of `weight`; they count in E here.
+            context: (N, C) of the tokens' documents, for a router that reads it.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             num_added = sum(len(rows) for rows in more_rows)
             logits = self.scores(hidden_states.to(dtype), *more_rows)
+            if self.context_weight is not None:
+                assert context is not None
+                logits = logits + F.linear(context.to(dtype), self.context_weight.to(dtype))
             routing = route(
                 logits,
                 self.top_k,

@@ -25,6 +25,7 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.context import (
     AttentionInputs,
 )
+from modmoe.models.document_context import DocumentContext
 from modmoe.models.extension import Extension
 
 
@@ -71,12 +72,18 @@ def _router(config: ModMoEConfig, num_experts: int, top_k: int, num_rows: int) -
 
 def _router_with_null(config: ModMoEConfig, num_experts: int, top_k: int) -> Router:
     """
-    The router of an extension; row 0 is the null choice.
+    The router of an extension; row 0 is the null choice. It reads the token and what its document is about.
 
     Its gates are never renormalised: of a single slot that would be a gate of 1, through which nothing is learned. It
     is not balanced by a selection bias, which would pull tokens from null.
     """
-    return ROUTERS[config.router_type](config.hidden_size, config.router_hidden_size, 1 + num_experts, top_k)
+    return ROUTERS[config.router_type](
+        config.hidden_size,
+        config.router_hidden_size,
+        1 + num_experts,
+        top_k,
+        context_size=cast(int, config.num_key_value_heads) * cast(int, config.head_dim),
+    )
 
 
 class AddedExperts(nn.Module):
@@ -214,15 +221,19 @@ class AttentionExtension(QueryExperts):
         super().__init__(config, layer_idx, _router_with_null(config, num_experts, top_k), num_experts, top_k)
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None,
+        context: torch.Tensor | None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, RouterOutput]:
         """
         (B, T, H) -> (B, T, H) and what the router says of null and the new experts, see `decline`.
 
-        `kwargs` are for `read`.
+        `context` (N, C) is that of the layer's `DocumentContext`, `kwargs` are for `read`.
         """
         assert self.gate is not None
-        routing = decline(self.gate(hidden_states.flatten(0, 1), token_mask))
+        routing = decline(self.gate(hidden_states.flatten(0, 1), token_mask, context=context))
         return self.read(hidden_states, routing, added=[], **kwargs)[0], routing
 
 
@@ -242,6 +253,8 @@ class ModMoEAttention(QueryExperts):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.extensions = nn.ModuleDict()
+        groups = any(extension.mode == "group" for extension in config.extension_list())
+        self.context = DocumentContext(config, layer_idx) if groups else None
         for extension in config.extension_list():
             count = extension.num_attn_experts
             if count and extension.mode == "common":
@@ -257,10 +270,10 @@ class ModMoEAttention(QueryExperts):
         token_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterOutput | None, list[RouterOutput]]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, RouterOutput | None, list[RouterOutput], torch.Tensor | None]:
         """
         (B, T, H) -> output (B, T, H); weights of the model's own heads (B, heads, T, S) or None; router output or
-        None; router outputs of extensions.
+        None; router outputs of extensions; (N, C), the context that routers of extensions read, or None.
         """
         batch, length, _ = hidden_states.shape
         added = [part for part in self.extensions.values() if isinstance(part, AddedExperts)]
@@ -275,6 +288,7 @@ class ModMoEAttention(QueryExperts):
             keys = _rotated(keys, inputs)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
+        context = None if self.context is None else self.context(keys, values, length, inputs)
         kwargs |= {"keys": keys, "values": values, "inputs": inputs, "q_bias": self.q_bias, "q_norm": self.q_norm}
         output, weights = self.read(hidden_states, routing, added=added, **kwargs)
         if self.o_bias is not None:
@@ -282,10 +296,10 @@ class ModMoEAttention(QueryExperts):
         routings = []
         for part in self.extensions.values():
             if isinstance(part, AttentionExtension):
-                more, own_routing = part(hidden_states, token_mask, **kwargs)
+                more, own_routing = part(hidden_states, token_mask, context, **kwargs)
                 output = output + more
                 routings.append(own_routing)
-        return output, weights, routing, routings
+        return output, weights, routing, routings, context
 
 
 class FFNExtension(nn.Module):
@@ -297,9 +311,11 @@ class FFNExtension(nn.Module):
         self.gate = _router_with_null(config, extension.num_experts, extension.num_experts_per_tok)
         self.experts = _ffn_pool(config, extension.num_experts)
 
-    def forward(self, flat: torch.Tensor, token_mask: torch.Tensor | None) -> tuple[torch.Tensor, RouterOutput]:
-        """(N, H) -> (N, H) and what the router says of null and the new experts, see `decline`."""
-        routing = decline(self.gate(flat, token_mask))
+    def forward(
+        self, flat: torch.Tensor, token_mask: torch.Tensor | None, context: torch.Tensor | None
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """(N, H), context (N, C) -> (N, H) and what the router says of null and the new experts, see `decline`."""
+        routing = decline(self.gate(flat, token_mask, context=context))
         index = _known_index(self.config, routing.top_k_index, self.experts.num_experts)
         return self.experts(flat, index, routing.top_k_weights), routing
 
@@ -340,9 +356,15 @@ class ModMoEMLP(nn.Module):
                 self.extensions[extension.name] = FFNExtension(config, extension)
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterOutput | None, list[RouterOutput]]:
-        """(B, T, H) -> (B, T, H); the router output, None in a dense layer; router outputs of extensions."""
+        """
+        (B, T, H) -> (B, T, H); the router output, None in a dense layer; router outputs of extensions, which read the
+        `context` (N, C) of the layer's attention.
+        """
         flat = hidden_states.flatten(0, 1)
         added = [part for part in self.extensions.values() if isinstance(part, AddedExperts)]
         routing = _routed(self.gate, added, flat, token_mask)
@@ -352,7 +374,7 @@ class ModMoEMLP(nn.Module):
         routings = []
         for part in self.extensions.values():
             if isinstance(part, FFNExtension):
-                more, own_routing = part(flat, token_mask)
+                more, own_routing = part(flat, token_mask, context)
                 output = output + more
                 routings.append(own_routing)
         return output.view_as(hidden_states), routing, routings
@@ -387,11 +409,11 @@ class ModMoEDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """(B, T, H) -> (B, T, H) and what the routers decided, None for a dense side: `LayerOutput`, flat."""
-        attended, _, attn_routing, attn_extensions = self.self_attn(
+        attended, _, attn_routing, attn_extensions, context = self.self_attn(
             self.input_layernorm(hidden_states), inputs, token_mask, past_key_values, **kwargs
         )
         hidden_states = hidden_states + attended
-        transformed, routing, extensions = self.mlp(self.post_attention_layernorm(hidden_states), token_mask)
+        transformed, routing, extensions = self.mlp(self.post_attention_layernorm(hidden_states), token_mask, context)
         return LayerOutput(
             hidden_states + transformed,
             None if attn_routing is None else attn_routing.logits,

@@ -130,9 +130,11 @@ def flash_documents(starts: torch.Tensor, mask: torch.Tensor | None) -> dict[str
 
 def same_document(starts: torch.Tensor) -> Callable:
     """Mask function of transformers: a query sees the keys whose document starts where its own does."""
+    last = starts.shape[1] - 1
 
     def same(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
-        return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx]
+        # A static cache has slots for later keys, which come after every query.
+        return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx.clamp(max=last)]
 
     return same
 

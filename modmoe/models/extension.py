@@ -22,9 +22,9 @@ class Extension:
             experts compete for the model's.
         num_attn_experts: new attention experts of each layer; 0 is none.
         num_attn_experts_per_tok: how many of them a token uses at most.
-        mode: "group": a router of its own, with a softmax over the new experts and the null choice. "common": new rows
-            in the softmax of the model's routers, which takes mass from the old gates (ModuleFormer,
-            arXiv:2306.04640 section 3.3).
+        mode: "group": a router of its own, which also reads what the document so far is about, with a softmax over the
+            new experts and the null choice. "common": new rows in the softmax of the model's routers, which takes mass
+            from the old gates (ModuleFormer, arXiv:2306.04640 section 3.3).
 
     Raises:
         ValueError: names the field, its value and what is allowed.

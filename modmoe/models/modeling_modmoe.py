@@ -52,7 +52,13 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Of a router everything but `expert_rows`, which are integers.
-    _keep_in_fp32_modules_strict = ["gate.weight", "gate.in_proj", "gate.log_temperature", "gate.selection_bias"]
+    _keep_in_fp32_modules_strict = [
+        "gate.weight",
+        "gate.context_weight",
+        "gate.in_proj",
+        "gate.log_temperature",
+        "gate.selection_bias",
+    ]
     _can_record_outputs = {
         "hidden_states": ModMoEDecoderLayer,
         "attentions": OutputRecorder(ModMoEAttention, index=1),
@@ -109,8 +115,9 @@ class ModMoEPreTrainedModel(StrictPreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
-            if module.selection_bias is not None:
-                init.zeros_(module.selection_bias)
+            for started_at_zero in (module.selection_bias, module.context_weight):
+                if started_at_zero is not None:
+                    init.zeros_(started_at_zero)
             if module.expert_rows is not None:
                 init.copy_(module.expert_rows, torch.arange(module.num_experts))
             if hasattr(module, "log_temperature"):

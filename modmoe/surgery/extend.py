@@ -288,7 +288,7 @@ def _start(
             rows = _router_rows(model, base)
             copies = rows[originals]
             parameter.copy_(copies if common else torch.cat([rows.mean(0, keepdim=True), copies]))
-        elif name.startswith("gate."):
+        elif name.startswith("gate.") and name != "gate.context_weight":  # the old routers have no such thing
             parameter.copy_(weights[f"{base}.{name}"])
 
 

@@ -6,11 +6,23 @@ import torch
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.models.extension import Extension
 
-from .conftest import TINY, build
+from .conftest import TINY
+from .conftest import build as build_anew
 
 GROUP = {"name": "g", "num_experts": 3, "num_experts_per_tok": 2, "num_attn_experts": 2}
 COMMON = {"name": "c", "num_experts": 2, "num_attn_experts": 1, "mode": "common"}
 BOTH = {"extensions": [GROUP, COMMON]}
+
+
+@torch.no_grad()
+def build(**changes) -> ModMoEForCausalLM:
+    """Of routers that have learned to read what documents are about, which begins with zeros."""
+    model = build_anew(**changes)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("context_weight"):
+            parameter.normal_(std=0.5, generator=generator)
+    return model
 
 
 def test_its_weights_are_told_apart_by_name_and_the_others_keep_theirs():
@@ -61,6 +73,30 @@ def test_decoding_equals_one_pass(ids, changes):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
     generated = model.generate(ids[:, :4], max_new_tokens=3, do_sample=False)
     assert generated[:, 4].equal(model(ids[:, :4]).logits[:, -1].argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"attention_type": "softmax"}])
+def test_a_document_is_read_as_if_it_were_alone(ids, changes):
+    """Neither documents packed before it nor padding on either side change what its routers read."""
+    model = build(**BOTH, **changes).eval()
+    alone = [model(row[None]).logits[0] for row in (ids[0, :8], ids[0, 8:])]
+    packed = model(ids[:1], position_ids=torch.cat([torch.arange(8), torch.arange(12)])[None]).logits[0]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    for left in (0, 5):
+        padded = torch.nn.functional.pad(ids[:1], (left, 5 - left))
+        mask = torch.nn.functional.pad(torch.ones_like(ids[:1]), (left, 5 - left))
+        found = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[0]
+        torch.testing.assert_close(found[mask[0].bool()], model(ids[:1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("extensions", [[], [GROUP]])
+def test_generation_with_a_static_cache(ids, extensions):
+    model = build(extensions=extensions, attention_type="softmax").eval()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert model.generate(ids, **options, cache_implementation="static", disable_compile=True).equal(expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
