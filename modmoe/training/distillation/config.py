@@ -55,7 +55,7 @@ class ObjectiveSection(Section):
     """By which the logits of both are divided."""
     teacher_targets: Literal["soft", "hard"] = "soft"
     """The teacher's distribution, or its most probable token (arXiv:2012.12877)."""
-    hidden_weight: float = Field(default=0.0, ge=0)
+    hidden_weight: float = Field(default=10.0, ge=0)
     """Factor on the relative squared error of hidden states where stages end (hints, arXiv:1412.6550)."""
     relation_weight: float = Field(default=0.0, ge=0)
     """Factor on the divergence of relations between tokens where a stage ends (after MiniLMv2, arXiv:2012.15828)."""
@@ -78,7 +78,7 @@ class MetaSection(Section):
     """Fit it to the teacher; or pretrain it and train a copy of every teacher stage inside it (arXiv:2212.04129)."""
     replace: float = Field(default=0.5, ge=0, le=1)
     """Probability that a stage of the teacher stands in while the meta model is fitted (arXiv:2002.02925)."""
-    objective: ObjectiveSection = ObjectiveSection(alpha=1.0, hidden_weight=10.0)
+    objective: ObjectiveSection = ObjectiveSection(alpha=1.0)
     """What it is fitted with; method "incubate" takes the labels alone."""
     optimization: dict[str, Any] = Field(default_factory=dict)
     """Keys of `optimization` that are others for the meta model, such as {tokens: 2000000}."""
