@@ -47,6 +47,7 @@ class Objective:
             in its place, without tau (arXiv:2012.12877 eq. 3).
         hidden_weight: of matching hidden states where a stage ends, ||s - t||^2 / ||t||^2, mean over real tokens
             (hints, arXiv:1412.6550; relative, because norms differ by orders of magnitude between tokens and depths).
+            Training runs set 10.
         relation_weight: of matching relations between tokens where a stage ends, see `relation_loss`.
         relation_heads: parts of the width that have relations of their own; must divide both widths.
 

@@ -288,7 +288,7 @@ class ModMoEAttention(QueryExperts):
             keys = _rotated(keys, inputs)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        context = None if self.context is None else self.context(keys, values, length, inputs)
+        context = None if self.context is None else self.context(keys, values, length, inputs, **kwargs)
         kwargs |= {"keys": keys, "values": values, "inputs": inputs, "q_bias": self.q_bias, "q_norm": self.q_norm}
         output, weights = self.read(hidden_states, routing, added=added, **kwargs)
         if self.o_bias is not None:

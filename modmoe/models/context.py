@@ -133,7 +133,7 @@ def same_document(starts: torch.Tensor) -> Callable:
     last = starts.shape[1] - 1
 
     def same(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
-        # A static cache has slots for later keys, which come after every query.
+        # A static cache has slots for later keys, which causal queries do not see.
         return starts[batch_idx, q_idx] == starts[batch_idx, kv_idx.clamp(max=last)]
 
     return same
@@ -172,6 +172,11 @@ def check_context(
         raise ValueError("input_ids hold no tokens (sequence length 0)")
     if cache is not None and cache.is_compileable:
         if config.attention_type == "softmax":
+            if not config.is_causal:
+                raise ValueError(
+                    "a bidirectional model (is_causal=False) would see the unused slots of a "
+                    f"{type(cache).__name__}: give all tokens at once, without a cache"
+                )
             return  # its width is the cache's, which holds more slots than tokens
         raise ValueError(
             f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "

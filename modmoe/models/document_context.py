@@ -4,7 +4,7 @@ Letters: B batch, T new tokens, S keys (cached ones included), N = B * T, D head
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from modmoe.layers.stickbreaking import StickbreakingMask
 from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.context import AttentionInputs
+
+_EPSILON = 1e-12  # of mean squares: the mean over a long document is small, and shall not be taken for nothing
 
 
 class DocumentContext(nn.Module):
@@ -32,12 +34,15 @@ class DocumentContext(nn.Module):
         self.is_causal = config.is_causal
         self.num_key_value_groups = 1
 
-    def forward(self, keys: torch.Tensor, values: torch.Tensor, length: int, inputs: AttentionInputs) -> torch.Tensor:
+    def forward(
+        self, keys: torch.Tensor, values: torch.Tensor, length: int, inputs: AttentionInputs, **kwargs: Any
+    ) -> torch.Tensor:
         """
         Args:
             keys, values: (B, kv heads, S, D).
             length: T; the new tokens are the last of S, but in caches with unused slots.
             inputs: of the attention layer.
+            kwargs: further arguments of the attention function.
 
         Returns:
             (N, kv heads * D) fp32 or wider.
@@ -45,21 +50,21 @@ class DocumentContext(nn.Module):
         if self.config.attention_type == "stickbreaking":
             mean = running_mean(values, length, cast(StickbreakingMask, inputs.attention_mask))
         else:
-            mean = self._uniform_attention(keys, values, length, inputs)
+            mean = self._uniform_attention(keys, values, length, inputs, **kwargs)
         mean = mean.flatten(0, 1).flatten(1)
-        return F.rms_norm(mean.to(torch.promote_types(mean.dtype, torch.float32)), mean.shape[1:], eps=1e-6)
+        return F.rms_norm(mean.to(_wide(mean)), mean.shape[1:], eps=_EPSILON)
 
     def _uniform_attention(
-        self, keys: torch.Tensor, values: torch.Tensor, length: int, inputs: AttentionInputs
+        self, keys: torch.Tensor, values: torch.Tensor, length: int, inputs: AttentionInputs, **kwargs: Any
     ) -> torch.Tensor:
         """(B, T, kv heads, D): softmax attention of queries that are zero. It knows each implementation's masks."""
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        queries = torch.zeros_like(values[:, :, :1]).expand(-1, -1, length, -1)
-        return attend(
-            self, queries, keys, values, inputs.attention_mask, scaling=1.0, dropout=0.0, **inputs.arguments
-        )[0]
+        batch, heads, _, size = values.shape
+        queries = values.new_zeros(batch, heads, length, size)
+        arguments = {"scaling": 1.0, "dropout": 0.0} | inputs.arguments | kwargs
+        return attend(self, queries, keys, values, inputs.attention_mask, **arguments)[0]
 
 
 def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> torch.Tensor:
@@ -73,10 +78,13 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
         (B, T, heads, D) fp32 or wider: the mean over the keys from each token's document start to the token itself;
         0 where there are none.
     """
-    values = values.transpose(1, 2).to(torch.promote_types(values.dtype, torch.float32))
-    exists = values.new_ones(values.shape[:2]) if mask.key_mask is None else mask.key_mask.to(values.dtype)
-    exists = exists[:, :, None, None]
-    sums, counts = (_running_sum(x, length) for x in (values * exists, exists))
+    exists = mask.key_mask
+    if exists is None:
+        exists = values.new_ones((), dtype=torch.bool).expand(len(values), values.shape[2])
+    else:
+        values = values * exists[:, None, :, None].to(values.dtype)
+    sums = _running_sum(values.transpose(1, 2), length)
+    counts = _running_sum(exists[:, :, None, None].to(sums.dtype), length)
     if mask.document_start is not None:
         # Documents are packed only where nothing is cached: token t is key t.
         sums, counts = (x - _before(x, mask.document_start) for x in (sums, counts))
@@ -84,12 +92,16 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
 
 
 def _running_sum(x: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, S, ...) -> (B, T, ...), for the last T."""
+    """(B, S, ...) -> (B, T, ...) fp32 or wider, for the last T. What is cached is not copied to be summed."""
     old, new = x.split([x.shape[1] - length, length], dim=1)
-    return old.sum(1, keepdim=True) + new.cumsum(1)
+    return old.sum(1, keepdim=True, dtype=_wide(x)) + new.cumsum(1, dtype=_wide(x))
 
 
 def _before(sums: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """Running sums (B, T, ...) -> those just before `start` (B, T)."""
     shifted = F.pad(sums, (0, 0, 0, 0, 1, 0))
     return shifted.take_along_dim(start[:, :, None, None], dim=1)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

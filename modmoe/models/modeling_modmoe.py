@@ -417,7 +417,7 @@ class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
     """The model with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    # Proven by tests/unit/models/test_compile.py.
+    # Proven by tests/unit/models/test_compile.py, of passes without a cache.
     _can_compile_fullgraph = True
 
     def __init__(self, config: ModMoEConfig) -> None:

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import nn
@@ -195,9 +195,12 @@ def extra_cost(skeleton: ModMoEModel, extension: Extension) -> Cost:
         products += sum(p.numel() for p in gate.parameters() if p.ndim > 1)
         products += used * sum(p[0].numel() for p in experts.parameters() if p.ndim > 2)
     config = skeleton.config
-    slots = extension.num_attn_experts_per_tok if extension.num_attn_experts and extension.mode == "group" else 0
-    heads = config.num_hidden_layers * slots * config.num_attention_heads
-    return Cost(total, active, products, 2 * heads * (config.head_dim or 0))
+    groups = [other.name for other in config.extension_list() if other.mode == "group"]
+    slots = extension.num_attn_experts_per_tok if extension.num_attn_experts and extension.name in groups else 0
+    heads = slots * config.num_attention_heads
+    if groups[:1] == [extension.name]:  # all extensions read the document context that the first one needs
+        heads += cast(int, config.num_key_value_heads)
+    return Cost(total, active, products, 2 * config.num_hidden_layers * heads * (config.head_dim or 0))
 
 
 def gate_bound(model: ModelDirectory, extension: Extension, init: Init) -> float | None:

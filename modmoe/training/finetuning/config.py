@@ -51,7 +51,7 @@ class DomainLossSection(Section):
 
     sources: list[str] = Field(min_length=1)
     """Names of the sources that the extensions are for; all others are text to stay out of."""
-    coefficient: float = Field(default=1.0, gt=0)
+    coefficient: float = Field(default=0.3, gt=0)
     """Its factor in the training loss."""
 
 

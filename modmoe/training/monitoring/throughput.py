@@ -1,6 +1,7 @@
 """How much arithmetic a token costs, and what share of a device training uses."""
 
 import re
+from typing import cast
 
 import torch
 
@@ -54,12 +55,14 @@ def attention_flops_per_token(config: ModMoEConfig, sequence_length: int) -> flo
 
     Each of k experts' heads is a query head of its own over shared keys, and sees half of the sequence on average.
     Stick-breaking takes the same products as softmax; that it may stop early, and that packed documents are shorter
-    than the sequence, is not deducted.
+    than the sequence, is not deducted. In a softmax model extensions read documents by one more head for each kv head.
     """
     slots = sum(config.attn_experts_at(layer)[1] for layer in range(config.num_hidden_layers))
     groups = [e for e in config.extension_list() if e.num_attn_experts and e.mode == "group"]
     slots += config.num_hidden_layers * sum(extension.num_attn_experts_per_tok for extension in groups)
     heads = slots * config.num_attention_heads
+    if config.attention_type == "softmax" and any(e.mode == "group" for e in config.extension_list()):
+        heads += config.num_hidden_layers * cast(int, config.num_key_value_heads)
     assert config.head_dim is not None
     forward = 2 * 2 * heads * config.head_dim * (sequence_length / 2 if config.is_causal else sequence_length)
     return 3.0 * forward

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import flash_attention_mask
 from transformers.utils import is_flash_attn_2_available
 
@@ -86,11 +86,15 @@ def varlen_attention(module, query, key, value, attention_mask, scaling, cu_seq_
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
-def test_flash_attention_is_told_the_documents(ids, is_causal):
+@pytest.mark.parametrize("extensions", [[], [{"name": "new", "num_experts": 3, "num_attn_experts": 2}]])
+def test_flash_attention_is_told_the_documents(ids, is_causal, extensions):
     """Without it, transformers finds documents in a batch of one row alone."""
     AttentionInterface.register("flash_stand_in", varlen_attention)
     AttentionMaskInterface.register("flash_stand_in", flash_attention_mask)
-    model = softmax("sdpa", is_causal)
+    model = softmax("sdpa", is_causal, extensions=extensions)
+    for name, parameter in model.named_parameters():
+        if name.endswith("context_weight"):
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     expected = model(ids, position_ids=PACKED).logits
     model.config._attn_implementation_internal = "flash_stand_in"
     torch.testing.assert_close(model(ids, position_ids=PACKED).logits, expected, **TOLERANCE)
@@ -119,6 +123,18 @@ def test_stickbreaking_has_one_name(ids, asked):
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "stickbreaking"
     assert model(ids, output_attentions=True).attentions[0].shape == (3, 8, 20, 20)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@torch.no_grad()
+def test_static_cache(ids, is_causal):
+    model = softmax("sdpa", is_causal)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    if is_causal:
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, **TOLERANCE)
+    else:
+        with pytest.raises(ValueError, match="would see the unused slots of a StaticCache"):
+            model(ids, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention", "kernels-community/flash-attn2"])

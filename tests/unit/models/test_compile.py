@@ -31,8 +31,14 @@ def compare(backend: str, ids: torch.Tensor, **changes) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_type": "softmax", "num_experts": 1}, {"gated_ffn": False, "router_type": "gmm"}, EXTENDED],
-    ids=["stickbreaking", "softmax", "gmm", "extended"],
+    [
+        {},
+        {"attention_type": "softmax", "num_experts": 1},
+        {"gated_ffn": False, "router_type": "gmm"},
+        EXTENDED,
+        EXTENDED | {"attention_type": "softmax"},
+    ],
+    ids=["stickbreaking", "softmax", "gmm", "extended", "extended-softmax"],
 )
 def test_fullgraph(ids, changes):
     compare("aot_eager", ids, **changes)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from modmoe import ModMoEConfig, ModMoEForCausalLM
 from modmoe.models.extension import Extension
@@ -84,10 +85,33 @@ def test_a_document_is_read_as_if_it_were_alone(ids, changes):
     packed = model(ids[:1], position_ids=torch.cat([torch.arange(8), torch.arange(12)])[None]).logits[0]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-4)
     for left in (0, 5):
-        padded = torch.nn.functional.pad(ids[:1], (left, 5 - left))
-        mask = torch.nn.functional.pad(torch.ones_like(ids[:1]), (left, 5 - left))
-        found = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[0]
-        torch.testing.assert_close(found[mask[0].bool()], model(ids[:1]).logits[0], rtol=1e-4, atol=1e-4)
+        padded, mask, positions = (
+            torch.nn.functional.pad(x, (left, 5 - left))
+            for x in (ids[:1], torch.ones_like(ids[:1]), torch.cat([torch.arange(8), torch.arange(12)])[None])
+        )
+        found = model(padded, attention_mask=mask, position_ids=positions).logits[0]
+        torch.testing.assert_close(found[mask[0].bool()], torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_context_gets_what_attention_is_told(ids):
+    model = build(**BOTH, attention_type="softmax").eval()
+    told = model(ids, is_causal=False).logits
+    model.config.is_causal = False
+    for layer in model.model.layers:
+        for module in layer.self_attn.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+    torch.testing.assert_close(told, model(ids).logits)
+
+
+@torch.no_grad()
+def test_continuous_batching_generates_the_same(ids):
+    model = build(extensions=[GROUP], attention_type="softmax").eval()
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=96)
+    expected = [model.generate(row[None], generation_config=config)[0, len(row) :].tolist() for row in ids[:, :9]]
+    found = model.generate_batch([row.tolist() for row in ids[:, :9]], generation_config=config)
+    assert sorted(result.generated_tokens for result in found.values()) == sorted(expected)
 
 
 @torch.no_grad()

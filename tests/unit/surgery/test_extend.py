@@ -275,8 +275,8 @@ def test_the_cost_is_what_the_model_counts(saved, tmp_path):
         assert cost.active_parameters == new.num_active_parameters() - old.num_active_parameters()
         biases = sum(p.numel() for name, p in new.named_parameters() if extension.owns(name) and p.ndim == 1)
         assert cost.multiply_adds == cost.active_parameters - biases
-        # 2 layers, one slot of 4 heads of 8, read and added up
-        assert cost.multiply_adds_per_key == (2 * 1 * 4 * 8 * 2 if extension is NEW else 0)
+        # 2 layers, one slot of 4 heads of 8 and 2 kv heads for the context of the document, read and added up
+        assert cost.multiply_adds_per_key == (2 * (1 * 4 + 2) * 8 * 2 if extension is NEW else 0)
 
 
 def test_usage_is_measured_on_the_models_own_routers(saved, tmp_path):

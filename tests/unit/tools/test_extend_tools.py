@@ -30,7 +30,7 @@ def test_a_pack_makes_the_round(run, tmp_path):
     code, out, err = run(extend, "--model base --experts 3 --top-k 2 --attn-experts 2 --name c --out extended")
     assert (code, err) == (0, "")
     assert "24,576 new parameters, of which a token uses 15,872 at most" in out
-    assert "15,808 more multiply-adds per token, and 128 for each key" in out
+    assert "15,808 more multiply-adds per token, and 192 for each key" in out
     assert out.endswith("written to extended\n")
     assert "c: group, 3 FFN and 2 attention experts in each layer, top-2 and top-1, 24,576 parameters" in run(
         pack, "list --model extended"

@@ -32,6 +32,13 @@ def test_each_expert_of_a_token_has_heads_of_its_own():
     assert attention_flops_per_token(config, 100) == 3 * (2 * 2 * 8 * 50) * 2 * 2
 
 
+def test_extensions_of_a_softmax_model_read_documents_with_one_more_head():
+    extension = {"name": "new", "num_experts": 2}
+    for attention_type, heads in (("stickbreaking", 2), ("softmax", 3)):
+        config = ModMoEConfig(**MODEL, attention_type=attention_type, extensions=[extension])
+        assert attention_flops_per_token(config, 100) == 3 * (2 * 2 * 8 * 50) * 2 * heads
+
+
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
