@@ -5,6 +5,7 @@ re-implemented here. The model keeps its own forward, and where its blocks were 
 model gives to its blocks, calls a function with it, and returns the function's result as if it were the last block's.
 """
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping
@@ -56,6 +57,10 @@ class _Relay(nn.Module):
         return hidden_states if self.extras is None else (hidden_states, *[None] * self.extras)
 
 
+class _Reached(Exception):
+    """Ends a forward pass: what was wanted of it is there."""
+
+
 class Frame(nn.Module):
     """
     What a model runs before and after its blocks: embeddings, positions, masks; final norm and head.
@@ -99,6 +104,18 @@ class Frame(nn.Module):
             relays[-1].body = None
             for relay in relays:
                 relay.call = None
+
+    def enter(self, batch: Batch, body: Body) -> torch.Tensor:
+        """As `forward`, up to what `body` returns: final norm and head are not run."""
+        reached: list[torch.Tensor] = []
+
+        def last(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
+            reached.append(body(hidden_states, calls))
+            raise _Reached
+
+        with contextlib.suppress(_Reached):
+            self(batch, last)
+        return reached[0]
 
     def _calls(self) -> dict[str | None, Call]:
         calls = {kind: relay.call for kind, relay in zip(self.layer_types, self._relays, strict=True)}

@@ -77,7 +77,7 @@ class Objective:
 
     def losses(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         targets: torch.Tensor,
         teacher: torch.Tensor | TopK | None,
         *,
@@ -88,9 +88,9 @@ class Objective:
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            logits: (..., V) of the student.
+            logits: (..., V) of the student; None teaches by hidden states and relations alone.
             targets: (...) int64, -100 where there is nothing to predict.
-            teacher: its logits (..., V), or their `TopK`; None only for alpha = 0.
+            teacher: its logits (..., V), or their `TopK`; None only for alpha = 0 or without logits.
             hidden: places to match hidden states at; widths must be equal.
             relations: places to match relations at.
             token_mask: (B, T) bool, the real tokens of `hidden` and `relations`; None is all.
@@ -102,27 +102,36 @@ class Objective:
         Raises:
             ValueError: for a teacher of another vocabulary.
         """
-        if self.alpha and teacher is None:
-            raise ValueError(f"alpha={self.alpha} needs the teacher's logits; without a teacher set alpha=0")
-        _check_vocabulary(logits, teacher)
-        cross_entropy, taught = self._sums(logits.flatten(0, -2), targets.flatten(), teacher if self.alpha else None)
-        valid = (targets != IGNORE_INDEX).sum()
-        per_item = 1.0 / _at_least_one(valid if num_items is None else num_items)
-        mean = 1.0 / valid.clamp(min=1)
-        soft = self.teacher_targets == "soft"
-        scale = self.temperature**2 if soft else 1.0
-        loss = ((1 - self.alpha) * cross_entropy + self.alpha * scale * taught) * per_item
-        parts = {"cross_entropy": cross_entropy * mean}
-        if self.alpha:
-            parts["kl" if soft else "hard"] = taught * mean
+        loss: torch.Tensor | float = 0.0
+        parts: dict[str, torch.Tensor] = {}
+        if logits is not None:
+            loss, parts = self._of_logits(logits, targets, teacher)
         if self.hidden_weight and hidden:
             parts["hidden"] = torch.stack([hidden_loss(*states, token_mask) for states in hidden]).mean()
-            loss = loss + self.hidden_weight * parts["hidden"] * valid * per_item
+            loss = loss + self.hidden_weight * parts["hidden"]
         if self.relation_weight and relations:
             values = [relation_loss(*states, token_mask, self.relation_heads) for states in relations]
             parts["relation"] = torch.stack(values).mean()
-            loss = loss + self.relation_weight * parts["relation"] * valid * per_item
-        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+            loss = loss + self.relation_weight * parts["relation"]
+        valid = (targets != IGNORE_INDEX).sum()
+        share = valid / _at_least_one(valid if num_items is None else num_items)
+        return {"loss": loss * share} | {name: value.detach() for name, value in parts.items()}
+
+    def _of_logits(
+        self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | TopK | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean over valid tokens of what labels and the teacher's logits say, and its parts."""
+        if self.alpha and teacher is None:
+            raise ValueError(f"alpha={self.alpha} needs the teacher's logits; without a teacher set alpha=0")
+        _check_vocabulary(logits, teacher)
+        sums = self._sums(logits.flatten(0, -2), targets.flatten(), teacher if self.alpha else None)
+        cross_entropy, taught = (x / (targets != IGNORE_INDEX).sum().clamp(min=1) for x in sums)
+        parts = {"cross_entropy": cross_entropy}
+        soft = self.teacher_targets == "soft"
+        if self.alpha:
+            parts["kl" if soft else "hard"] = taught
+        scale = self.temperature**2 if soft else 1.0
+        return (1 - self.alpha) * cross_entropy + self.alpha * scale * taught, parts
 
     def _sums(
         self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | TopK | None

@@ -28,6 +28,8 @@ class StagePair(nn.Module):
         teacher net:  meta[<i] -> T_i -> meta[>i]                       no gradient
         student net:  meta[<i] -> stitch -> S_i -> stitch -> meta[>i]   gradient through the frozen tail into S_i
 
+    A local pair ends behind T_i and S_i, where it compares hidden states alone (arXiv:1412.6550): no tail, no head.
+
     The first student stage begins with its own embedding, the last ends with its own head. Parameters that need a
     gradient, and everything in `state_dict()`, are those of the student's stage and its stitches.
 
@@ -39,9 +41,10 @@ class StagePair(nn.Module):
         stitch: kind of the stitches.
         projection: (teacher width, student width) of "projection" stitches between different widths.
         targets_of: what a batch is to predict.
+        local: whether stages but the last are local pairs.
 
     Raises:
-        ValueError: if stage, widths or vocabulary do not fit the meta model.
+        ValueError: if stage, widths or vocabulary do not fit the meta model, or a local pair has nothing to compare.
     """
 
     def __init__(
@@ -53,10 +56,17 @@ class StagePair(nn.Module):
         stitch: StitchKind = "projection",
         projection: torch.Tensor | None = None,
         targets_of: Targets = next_token_targets,
+        local: bool = False,
     ) -> None:
         super().__init__()
         self._check(meta, student, teacher)
         self.spec = meta.specs[student.spec.index]
+        self.is_local = local and not self.spec.is_last
+        if self.is_local and not (objective.hidden_weight or objective.relation_weight):
+            raise ValueError(
+                "a local pair learns from hidden states alone: set hidden_weight or relation_weight above 0, or local "
+                "to False"
+            )
         self.objective = objective
         self.targets_of = targets_of
         self.stitch = stitch
@@ -91,7 +101,7 @@ class StagePair(nn.Module):
 
     def teacher_signals(self, batch: Batch) -> TeacherSignals:
         """
-        Logits of the teacher net, and the hidden states before and after its stage.
+        Hidden states before and after the teacher's stage, and logits of the teacher net unless the pair is local.
 
         Raises:
             ValueError: if there is no teacher's stage here.
@@ -101,6 +111,8 @@ class StagePair(nn.Module):
             raise ValueError("this pair has no teacher's stage: give one, or cached signals with every batch")
         index = self.spec.index
         with torch.no_grad():
+            if self.is_local:
+                return TeacherSignals(None, dict(enumerate(teacher_net.around(batch, index), index)))
             output = teacher_net(**batch)
         return TeacherSignals(output.logits, {i: output.boundaries[i] for i in (index, index + 1)})
 
@@ -108,13 +120,16 @@ class StagePair(nn.Module):
         """Free the teacher's stage; from now on every batch must bring its signals along."""
         self.frozen.add_module("teacher_net", None)
 
-    def student_output(self, batch: Batch, before: torch.Tensor | None) -> tuple[StudentOutput, torch.Tensor]:
+    def student_output(
+        self, batch: Batch, before: torch.Tensor | None, tail: bool = True
+    ) -> tuple[StudentOutput, torch.Tensor]:
         """
         Run the student net.
 
         Args:
             batch: inputs of the model.
             before: (B, T, teacher width) that goes into the stage; unused in the first.
+            tail: whether to go on through the meta model to logits.
 
         Returns:
             output of the stage, and the hidden states (B, T, teacher width) behind its stitch; those of the stage
@@ -123,7 +138,7 @@ class StagePair(nn.Module):
         entering = None if self.spec.is_first else self.stitch_in(before)
         output = self.student(batch, entering)
         leaving = self.stitch_out(output.hidden_states)
-        if output.logits is None:
+        if output.logits is None and tail:
             output = output._replace(logits=cast(CutModel, self.frozen.meta).after(batch, self.spec.index, leaving))
         return output, leaving
 
@@ -142,14 +157,13 @@ class StagePair(nn.Module):
             batch: inputs of the model, and labels.
 
         Returns:
-            "loss" with gradient, and its parts without: "cross_entropy", "kl" or "hard", "hidden", "relation" and
-            "router"; and the loads of the stage's routers, see `StudentStage.loads`.
+            "loss" with gradient, and its parts without: "cross_entropy", "kl" or "hard" unless the pair is local,
+            "hidden", "relation" and "router"; and the loads of the stage's routers, see `StudentStage.loads`.
         """
         given = self.teacher_signals(batch) if signals is None else TeacherSignals.of(signals)
         index = self.spec.index
         targets = self.targets_of(batch)
-        output, leaving = self.student_output(batch, given.boundaries.get(index))
-        assert output.logits is not None
+        output, leaving = self.student_output(batch, given.boundaries.get(index), tail=not self.is_local)
         exit_states = given.boundaries.get(index + 1)
         losses = self.objective.losses(
             output.logits,

@@ -44,19 +44,23 @@ def top_k(logits: torch.Tensor, k: int, temperature: float) -> TopK:
 class TeacherSignals:
     """What a teacher says about one batch."""
 
-    logits: torch.Tensor | TopK
-    """(B, T, V), or (B, V) of images; or their top k."""
+    logits: torch.Tensor | TopK | None
+    """(B, T, V), or (B, V) of images; or their top k; None from a teacher of hidden states alone."""
     boundaries: dict[int, torch.Tensor] = field(default_factory=dict)
     """Boundary -> (B, T, H): i is what goes into stage i, i + 1 what comes out of it."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name: what is stored, and what a data loader may put in a batch."""
-        logits = self.logits._asdict() if isinstance(self.logits, TopK) else {"logits": self.logits}
-        return logits | {f"boundary_{index}": states for index, states in self.boundaries.items()}
+        tensors = {f"boundary_{index}": states for index, states in self.boundaries.items()}
+        if self.logits is None:
+            return tensors
+        return tensors | (self.logits._asdict() if isinstance(self.logits, TopK) else {"logits": self.logits})
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
         """The inverse of `tensors`."""
-        logits = tensors["logits"] if "logits" in tensors else TopK(*(tensors[name] for name in TopK._fields))
+        logits: torch.Tensor | TopK | None = tensors.get("logits")
+        if "indices" in tensors:
+            logits = TopK(*(tensors[name] for name in TopK._fields))
         states = {int(name.partition("_")[2]): t for name, t in tensors.items() if name.startswith("boundary_")}
         return cls(logits, states)

@@ -116,16 +116,26 @@ class CutModel(nn.Module):
 
     def until(self, batch: Batch, stage: int) -> torch.Tensor:
         """(B, T, H): what goes into a stage."""
-        reached: list[torch.Tensor] = []
 
         def body(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
             for before in self.stages[:stage]:
                 hidden_states = before(hidden_states, calls)
-            reached.append(hidden_states)
             return hidden_states
 
-        self.frame(batch, body)
-        return reached[0]
+        return self.frame.enter(batch, body)
+
+    def around(self, batch: Batch, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) each: what goes into a stage, and what comes out of it."""
+        entering: list[torch.Tensor] = []
+
+        def body(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
+            for before in self.stages[:stage]:
+                hidden_states = before(hidden_states, calls)
+            entering.append(hidden_states)
+            return self.stages[stage](hidden_states, calls)
+
+        leaving = self.frame.enter(batch, body)
+        return entering[0], leaving
 
     def after(self, batch: Batch, stage: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """

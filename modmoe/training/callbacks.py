@@ -133,7 +133,9 @@ def console_line(logs: Logs) -> str:
         return "  ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in logs.items())
     parts = [f"{logs['skipped_steps']:.0f} skipped"] if logs.get("skipped_steps") else []
     if "loss" in logs:  # else all steps since the last record were skipped
-        parts += [f"loss {logs['loss']:.4f}", f"ce {logs['cross_entropy']:.4f}"]
+        parts.append(f"loss {logs['loss']:.4f}")
+    if "cross_entropy" in logs:
+        parts.append(f"ce {logs['cross_entropy']:.4f}")
     parts += [f"{name.removeprefix('aux/')} {logs[name]:.4f}" for name in logs if name.startswith("aux/")]
     parts += [f"lr {logs['learning_rate']:.2e}"]
     parts += [f"grad {logs['grad_norm']:.2f}"] if "grad_norm" in logs else []

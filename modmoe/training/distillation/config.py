@@ -129,6 +129,9 @@ class PairsSection(Section):
 
     objective: ObjectiveSection = ObjectiveSection()
     """The losses."""
+    local: bool = True
+    """Teach all stages but the last by hidden states alone, where they end. The meta model behind them and its head
+    are not run, which takes a third of the time."""
     stitch: Literal["projection", "linear"] = "projection"
     """What joins teacher's and student's width: one fixed projection for all, or a norm and a linear map of its own
     for each, which are dropped afterwards (m2mKD)."""

@@ -30,14 +30,14 @@ class JobOutput:
 
     Args:
         loss: this micro-batch's share of the step's loss; in a score its mean.
-        cross_entropy: the same of the labels' part.
+        cross_entropy: the same of the labels' part; None from a local pair in training, which has none.
         parts: name -> (), share of the step's other parts, without their weights.
         aux_losses: as of `ModMoECausalLMOutputWithPast`.
         tokens_per_expert, attn_tokens_per_expert: likewise.
     """
 
     loss: torch.Tensor
-    cross_entropy: torch.Tensor
+    cross_entropy: torch.Tensor | None
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     aux_losses: dict[str, torch.Tensor] | None = None
     tokens_per_expert: tuple[torch.Tensor, ...] | None = None
@@ -113,9 +113,10 @@ class Job(nn.Module):
 
 
 def _output(losses: dict[str, Any], share: torch.Tensor | float) -> JobOutput:
+    cross_entropy = losses.get("cross_entropy")
     return JobOutput(
         losses["loss"],
-        losses["cross_entropy"] * share,
+        None if cross_entropy is None else cross_entropy * share,
         {name: value * share for name, value in losses.items() if name not in _NOT_PARTS},
         {"router": losses["router"]} if "router" in losses else None,
         losses.get("tokens_per_expert"),

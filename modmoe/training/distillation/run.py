@@ -260,7 +260,9 @@ class Distillation:
         section = self._run.distillation.pairs
         projection = load_projection(self._run, self._cut, self._places)
         with stage_random_state(run.seed, "stitches", index):
-            pair = StagePair(meta, student, section.objective.objective(), teacher, section.stitch, projection)
+            pair = StagePair(
+                meta, student, section.objective.objective(), teacher, section.stitch, projection, local=section.local
+            )
         signals = None
         if section.signals.cache:
             identity = {

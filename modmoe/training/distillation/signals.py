@@ -41,7 +41,7 @@ class CachedSignals:
         directory: of the cache.
         pair: with its teacher, which is asked for what is not there yet.
         identity: of what the teacher's signals follow from, but for the text, top k and temperature.
-        top_k: tokens whose logits are kept.
+        top_k: tokens whose logits are kept, unless the pair is local.
         max_bytes: size that the cache may grow to.
     """
 
@@ -50,9 +50,9 @@ class CachedSignals:
     ) -> None:
         self._directory = directory
         self._pair = pair
-        self._identity = dict(identity) | {"top_k": top_k, "temperature": pair.objective.temperature}
+        self._top_k = 0 if pair.is_local else top_k
+        self._identity = dict(identity) | {"top_k": self._top_k, "temperature": pair.objective.temperature}
         self._identity |= {"boundaries": self._boundaries}
-        self._top_k = top_k
         self._max_bytes = max_bytes
 
     def attach(self, data: Any, run: RunConfig, world_size: int) -> "WithSignals":
@@ -105,7 +105,8 @@ class CachedSignals:
 
     def _check_size(self, num_blocks: int, length: int) -> None:
         width = self._pair.spec.input_width
-        needed = num_blocks * length * (8 * self._top_k + 4 + 4 * width * len(self._boundaries))
+        logits = 8 * self._top_k + 4 if self._top_k else 0
+        needed = num_blocks * length * (logits + 4 * width * len(self._boundaries))
         if needed > self._max_bytes:
             raise ValueError(
                 f"{num_blocks} blocks of {length} tokens need {needed:,} bytes, and max_bytes={self._max_bytes:,}: "
@@ -122,8 +123,10 @@ class CachedSignals:
     def _ask(self, batch: Batch) -> TeacherSignals:
         device = next(self._pair.parameters()).device
         given = self._pair.teacher_signals({name: tensor.to(device) for name, tensor in batch.items()})
-        assert isinstance(given.logits, torch.Tensor)
         kept = {boundary: given.boundaries[boundary] for boundary in self._boundaries}
+        if given.logits is None:
+            return TeacherSignals(None, kept)
+        assert isinstance(given.logits, torch.Tensor)
         return TeacherSignals(top_k(given.logits, self._top_k, self._pair.objective.temperature), kept)
 
 

@@ -35,12 +35,14 @@ class MetricWindow:
         Count one forward pass of the step.
 
         Args:
-            outputs: of a causal LM.
+            outputs: of a causal LM, or of a task without a cross entropy.
             share: (), of this micro-batch in the tokens of the step.
             parts: name -> (), what else the loss is made of, this micro-batch's share of the step.
         """
         self.step_loads.add(outputs)
-        values = {"loss": outputs.loss, "cross_entropy": outputs.cross_entropy}
+        values = {"loss": outputs.loss}
+        if outputs.cross_entropy is not None:
+            values["cross_entropy"] = outputs.cross_entropy
         values |= {f"aux/{name}": value * share for name, value in (outputs.aux_losses or {}).items()}
         for name, value in (values | dict(parts or {})).items():
             self._step_sums[name] = self._step_sums.get(name, 0) + value.detach()

@@ -130,13 +130,14 @@ def _title(side: str) -> str:
 def draw_loss(metrics_file: Path, path: Path) -> None:
     """Training loss, and validation loss of each domain where it was taken, over tokens."""
     records = read_metrics(metrics_file)
-    training = [record for record in records if "cross_entropy" in record]
+    training = [record for record in records if "loss" in record]
     if not training:
         return
     tokens_per_step = training[-1]["tokens"] / training[-1]["step"]
     figure, axes = _subplots(1, 1, width=7.0, height=3.5)
     axis = axes[0][0]
-    axis.plot([r["tokens"] for r in training], [r["cross_entropy"] for r in training], label="training")
+    if "cross_entropy" in training[-1]:  # all but what learns from hidden states alone
+        axis.plot([r["tokens"] for r in training], [r["cross_entropy"] for r in training], label="training")
     suffix = "/nats_per_token"
     for name in sorted({key for record in records for key in record if key.endswith(suffix)}):
         points = [(r["step"] * tokens_per_step, r[name]) for r in records if name in r]

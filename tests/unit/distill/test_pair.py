@@ -76,6 +76,36 @@ def test_the_gradient_passes_through_the_frozen_tail(teacher):
     assert not torch.equal(job(**text())["cross_entropy"], first)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_local_pair_compares_hidden_states_and_runs_no_tail(teacher, index, monkeypatch):
+    whole = pair(teacher, index).train()(**padded())
+    job = pair(teacher, index, local=True).train()
+    with monkeypatch.context() as patch:
+        for name in ("after", "forward"):
+            patch.delattr(CutModel, name)
+        losses = job(**padded())
+        signals = job.teacher_signals(padded()).tensors()
+    assert not {"cross_entropy", "kl"} & set(losses)
+    for name in ("hidden", "relation", "router"):
+        torch.testing.assert_close(losses[name], whole[name])
+    expected = losses["hidden"] + losses["relation"] + job.student.config.router_aux_loss_coef * losses["router"]
+    torch.testing.assert_close(losses["loss"], expected)
+    losses["loss"].backward()
+    assert all(p.grad is not None for p in job.student.parameters())
+    assert all(p.grad is None for p in job.frozen.parameters())
+    assert set(signals) == {f"boundary_{index}", f"boundary_{index + 1}"}
+    torch.testing.assert_close(job(signals, **padded())["loss"], losses["loss"])
+    assert job.score(padded())["cross_entropy"] > 0
+
+
+def test_the_last_pair_is_never_local(teacher):
+    last = pair(teacher, 2, local=True)
+    torch.testing.assert_close(last(**padded())["loss"], pair(teacher, 2)(**padded())["loss"])
+    assert not pair(teacher, 2, Objective(), local=True).is_local
+    with pytest.raises(ValueError, match="a local pair learns from hidden states alone: set hidden_weight"):
+        pair(teacher, 1, Objective(), local=True)
+
+
 def test_saved_state_is_that_of_the_trained_parts(teacher):
     job = pair(teacher, 1, stitch="linear")
     state = {name: tensor.clone() for name, tensor in job.state_dict().items()}
