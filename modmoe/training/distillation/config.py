@@ -74,8 +74,9 @@ class MetaSection(Section):
     """Blocks, of the teacher's kind, that stand for each stage."""
     initialize: Literal["copy", "fresh"] = "copy"
     """Whether they start as evenly spaced blocks of the teacher or at random."""
-    method: Literal["fit", "incubate"] = "fit"
-    """Fit it to the teacher; or pretrain it and train a copy of every teacher stage inside it (arXiv:2212.04129)."""
+    method: Literal["teacher", "fit", "incubate"] = "teacher"
+    """Do without one: the teacher's own stages stand around each pair. Or fit it to the teacher; or pretrain it and
+    train a copy of every teacher stage inside it (arXiv:2212.04129)."""
     replace: float = Field(default=0.5, ge=0, le=1)
     """Probability that a stage of the teacher stands in while the meta model is fitted (arXiv:2002.02925)."""
     objective: ObjectiveSection = ObjectiveSection(alpha=1.0)

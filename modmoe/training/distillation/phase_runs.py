@@ -46,12 +46,17 @@ class PhaseRuns:
         self._places = places
         whole = run.distillation.model_dump(mode="json")
         whole["pairs"]["signals"]["max_bytes"] = None
-        meta = whole["meta"] | {"optimization": None, "incubation": None}
+        method = run.distillation.meta.method
+        # Without a meta model nothing else that is said of it matters.
+        meta = (
+            {"method": method} if method == "teacher" else whole["meta"] | {"optimization": None, "incubation": None}
+        )
         self._cut = {"teacher": teacher, "stages": whole["stages"] | {"student_ranges": None}}
         self._meta = self._cut | {"meta": meta}
-        incubation = run.optimization_of("meta.incubation") if run.distillation.meta.method == "incubate" else None
+        fitting = None if method == "teacher" else run.optimization_of("meta.optimization")
+        incubation = run.optimization_of("meta.incubation") if method == "incubate" else None
         self._pairs = self._meta | {
-            "meta_optimization": run.optimization_of("meta.optimization").model_dump(mode="json"),
+            "meta_optimization": fitting and fitting.model_dump(mode="json"),
             "incubation": incubation and incubation.model_dump(mode="json"),
             "stages": whole["stages"],
             "initialization": whole["initialization"],

@@ -9,8 +9,9 @@ from modmoe.training.checkpoints.output_dir import FINAL
 
 class Places(NamedTuple):
     """
-    All paths below one output directory. A machine that trains one pair needs `teacher/`, of the stages its own alone,
-    and `meta/`, of which checkpoints may be left out; after incubation also `incubated/STAGE`, likewise.
+    All paths below one output directory. A machine that trains one pair needs `teacher/`; with a meta model that too,
+    `meta/` without checkpoints, and of the teacher's stages its own alone; after incubation also `incubated/STAGE`,
+    likewise.
     """
 
     root: Path

@@ -130,10 +130,19 @@ class Distillation:
     # ---- Module by module ----
 
     def _module_runs(self) -> dict[str, RunConfig]:
-        runs: dict[str, RunConfig] = {"meta model": self._runs.meta()}
+        runs: dict[str, RunConfig] = {"meta model": self._runs.meta()} if self._has_meta else {}
         if self._incubates:
             runs |= {f"teacher stage {i}": self._runs.incubation(i) for i in self._stages}
         return runs | {f"stage {i}": self._runs.pair(i) for i in self._stages}
+
+    @property
+    def _has_meta(self) -> bool:
+        return self._run.distillation.meta.method != "teacher"
+
+    @property
+    def _surroundings(self) -> Path:
+        """The model that pairs are trained in."""
+        return self._places.meta if self._has_meta else self._places.teacher
 
     @property
     def _incubates(self) -> bool:
@@ -141,15 +150,17 @@ class Distillation:
 
     def _modules(self) -> int:
         self._first_process("projection", self._project)
+        return (self._meta_model() if self._has_meta else 0) or self._pairs()
+
+    def _meta_model(self) -> int:
         code = self._train(self._runs.meta(), self._build_meta, "meta model", forget_hybrids=True)
         for index in self._stages if self._incubates else ():
             code = code or self._train(
                 self._runs.incubation(index), self._build_incubation(index), f"teacher stage {index}", True
             )
-        if code:
-            return code
-        self._first_process("hybrids", self._measure)
-        return self._pairs()
+        if code == 0:
+            self._first_process("hybrids", self._measure)
+        return code
 
     def _project(self) -> None:
         if not wants_projection(self._run, self._cut):
@@ -201,6 +212,16 @@ class Distillation:
                 f"stage={index}: method {self._run.distillation.method!r} trains no stages by themselves"
             )
         self._open_teacher()
+        if self._has_meta:
+            self._check_meta_model(index)
+        return self._pair(index)
+
+    def _check_meta_model(self, index: int) -> None:
+        """
+        Raises:
+            ConfigError: if what a pair needs of it is not there.
+            RunError: if hybrids are worse than it.
+        """
         before = [self._runs.meta(), *([self._runs.incubation(index)] if self._incubates else [])]
         for phase in before:
             if not is_finished(phase):
@@ -215,7 +236,6 @@ class Distillation:
                 f"command without --stage first, or copy {self._places.meta_run} from where it ran"
             )
         check_hybrids(report, self._run.distillation.hybrids.force)
-        return self._pair(index)
 
     def _pair(self, index: int) -> int:
         return self._train(self._runs.pair(index), self._build_pair(index), f"stage {index}")
@@ -244,7 +264,7 @@ class Distillation:
     def _build_pair(self, index: int) -> Build:
         def build(run: ModuleRun, tokenizer: PreTrainedTokenizerFast) -> Job:
             try:
-                meta, teacher = CutModel.load(self._places.meta), Stage.load(self._teacher_stage(index))
+                meta, teacher = CutModel.load(self._surroundings), Stage.load(self._teacher_stage(index))
             except (FileNotFoundError, ValueError) as error:
                 raise ConfigError(f"stage {index}: {error}") from None
             return self._pair_job(index, meta, teacher, run)
@@ -267,7 +287,7 @@ class Distillation:
         if section.signals.cache:
             identity = {
                 "teacher": checkpoint_fingerprint(self._teacher_stage(index)),
-                "meta": parts_identity(self._places.meta),
+                "meta": parts_identity(self._surroundings),
                 "stage": index,
             }
             directory = run.output_dir / "signals"

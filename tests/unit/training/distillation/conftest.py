@@ -82,7 +82,7 @@ def settings(corpus, cache_dir, teacher):
             "stages": {"count": 2},
             # A teacher that knows nothing makes no better hybrids.
             "hybrids": {"blocks_per_domain": 4, "force": True},
-            "meta": {"optimization": {"steps": 3}},
+            "meta": {"method": "fit", "optimization": {"steps": 3}},
             "initialization": {"ffn": "cluster"},
         },
         "finetuning": {"teacher": {"weight": 0.5}},

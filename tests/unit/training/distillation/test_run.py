@@ -120,7 +120,7 @@ def test_a_stage_trains_where_the_rest_of_the_teacher_never_was(unfinished, fini
     assert distill(run, SCRIPT) == 0
     assert_same(weights(unfinished, 0), weights(finished, 0))
     assert before.items() <= digests(unfinished).items()
-    # Teacher and meta model are what they were, in memory too; gradient went through the latter's end.
+    # Teacher and meta model are what they were, in memory too.
     (job,) = trained
     meta, stage = CutModel.load(Places(unfinished).meta), Stage.load(Places(unfinished).teacher_stage(0))
     assert_same(dict(job.task.frozen.meta.named_parameters()), dict(meta.named_parameters()))
@@ -302,6 +302,21 @@ def test_a_stage_needs_the_projection(unfinished, make):
     Places(unfinished).projection.unlink()
     with pytest.raises(ConfigError, match=r"projection.safetensors is missing: run the same command without --stage"):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
+
+
+def test_stages_are_taught_in_the_teacher_itself(make, tmp_path, finished):
+    changes = {"distillation.meta.method": "teacher"}
+    assert distill(make(tmp_path / "out", changes), SCRIPT) == 0
+    places = Places(tmp_path / "out")
+    assert list(json.loads(places.results.read_text())["phases"]) == ["stage 0", "stage 1", "end to end"]
+    assert not places.meta_run.exists()
+    assert not weights(places.root, 1)["model.layers.0.mlp.experts.down_proj"].equal(
+        weights(finished, 1)["model.layers.0.mlp.experts.down_proj"]
+    )
+    # A stage alone needs nothing but the teacher that was cut.
+    shutil.copytree(places.teacher, tmp_path / "elsewhere" / "teacher")
+    assert distill(make(tmp_path / "elsewhere", changes | {"stage": 1, "teacher": "nowhere"}), SCRIPT) == 0
+    assert_same(weights(tmp_path / "elsewhere", 1), weights(places.root, 1))
 
 
 def test_incubated_stages_teach(make, tmp_path):
