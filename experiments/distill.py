@@ -32,7 +32,7 @@ META = {
 }
 TITLES = {
     "modules": "module by module, then end to end",
-    "meta": "the same in a meta model",
+    "meta": "the same in and through a fitted meta model",
     "scratch": "from scratch",
     "logit_kd": "teacher's logits",
     "upcycle": "from the teacher's weights",

@@ -3,10 +3,10 @@ Distil a dense language model into a modular one, module by module.
 
     deepspeed train/distill.py --config configs/distill/quickstart.yaml [--KEY VALUE ...]
 
-cuts the teacher into stages, fits a shallow meta model to it, trains each stage of the student inside the meta model
-beside the teacher's, assembles the student and trains it end to end. Phases that are done are skipped, and an
+cuts the teacher into stages, trains each stage of the student in the place of the teacher's (inside the teacher, or a
+shallow meta model of it), assembles the student and trains it end to end. Phases that are done are skipped, and an
 interrupted one resumes. `--jobs N` trains N stages at a time in processes of their own. `--stage I` trains one stage
-alone, on a machine that has OUTPUT_DIR/teacher with that stage and OUTPUT_DIR/meta. The student is
+alone, on a machine that has OUTPUT_DIR/teacher, and OUTPUT_DIR/meta if there is a meta model. The student is
 OUTPUT_DIR/finetuned/final, and OUTPUT_DIR/results.json says what every phase cost. Everything else, exit codes
 included, is as in train/pretrain.py; docs/distillation.md explains the keys.
 """

@@ -1,4 +1,4 @@
-"""One job of module-to-module distillation: a teacher's stage teaches a student's stage inside the meta model."""
+"""One job of module-to-module distillation: a teacher's stage teaches a student's in the same surroundings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +34,7 @@ class StagePair(nn.Module):
     gradient, and everything in `state_dict()`, are those of the student's stage and its stitches.
 
     Args:
-        meta: the meta model; frozen here.
+        meta: what stands around both stages, a meta model or the teacher itself; frozen here.
         student: the stage to train.
         objective: weights of the losses.
         teacher: the stage that teaches; None if every batch brings its signals along.
@@ -62,10 +62,10 @@ class StagePair(nn.Module):
         self._check(meta, student, teacher)
         self.spec = meta.specs[student.spec.index]
         self.is_local = local and not self.spec.is_last
-        if self.is_local and not (objective.hidden_weight or objective.relation_weight):
+        if self.is_local and not objective.hidden_weight:
+            # Relations alone leave open in which directions and how large the states are that the next stage reads.
             raise ValueError(
-                "a local pair learns from hidden states alone: set hidden_weight or relation_weight above 0, or local "
-                "to False"
+                "a local pair learns from hidden states alone: set hidden_weight above 0, or local to False"
             )
         self.objective = objective
         self.targets_of = targets_of
@@ -191,11 +191,11 @@ class StagePair(nn.Module):
     @torch.no_grad()
     def router_statistics(self, batch: Batch) -> RouterStatistics | None:
         """First pass of `aux_scope="global_batch"`, see `ModMoEForCausalLM.router_statistics`."""
-        return self.student.statistics_of(self._output_without_teacher(batch), batch)
+        return self.student.statistics_of(self._output_without_teacher(batch, tail=False), batch)
 
-    def _output_without_teacher(self, batch: Batch) -> StudentOutput:
+    def _output_without_teacher(self, batch: Batch, tail: bool = True) -> StudentOutput:
         meta, index = cast(CutModel, self.frozen.meta), self.spec.index
-        return self.student_output(batch, None if self.spec.is_first else meta.until(batch, index))[0]
+        return self.student_output(batch, None if self.spec.is_first else meta.until(batch, index), tail)[0]
 
     def save(self, directory: Path) -> None:
         """Write the student's stage and, in a file of their own, its stitches."""

@@ -65,11 +65,12 @@ def test_the_launcher_and_processes_of_its_own_give_the_student_of_one_process(d
 def test_two_ranks_go_through_all_phases_together(distill, workspace):
     zero = json.dumps({"zero_optimization": {"stage": 1}})
     halves = ["--optimization.micro_batch_size", "2", "--deepspeed", zero]
-    run = distill("ranks", *halves, processes=2)
+    meta = ["--distillation.meta", "{method: fit, optimization: {steps: 3}}"]
+    run = distill("ranks", *halves, *meta, processes=2)
     assert run.wait(300) == 0, run.output
     results = json.loads((workspace / "ranks" / "results.json").read_text())
     assert results["phases"]["end to end"]["tokens"] == 4 * 4 * 32
-    run = distill("alone")
+    run = distill("alone", *meta)
     assert run.wait(300) == 0, run.output
     one, two = student(workspace / "alone"), student(workspace / "ranks")
     assert all(tensor.allclose(two[name], atol=2e-3) for name, tensor in one.items())

@@ -131,7 +131,7 @@ class PairsSection(Section):
     objective: ObjectiveSection = ObjectiveSection()
     """The losses."""
     local: bool = True
-    """Teach all stages but the last by hidden states alone, where they end. The meta model behind them and its head
+    """Teach all stages but the last by hidden states alone, where they end. What is behind them and the head
     are not run, which takes a third of the time."""
     stitch: Literal["projection", "linear"] = "projection"
     """What joins teacher's and student's width: one fixed projection for all, or a norm and a linear map of its own
@@ -171,7 +171,7 @@ class DistillRun(RunConfig):
     finetuning: FinetuningSection = FinetuningSection()
     """The last phase: the assembled student, end to end. Its `teacher` without a path is the whole teacher."""
     stage: int | None = Field(default=None, ge=0)
-    """Train this pair alone, from what OUTPUT_DIR/teacher and OUTPUT_DIR/meta hold."""
+    """Train this pair alone, from what OUTPUT_DIR/teacher holds, and OUTPUT_DIR/meta if there is a meta model."""
     jobs: int = Field(default=1, ge=1)
     """Pairs that are trained at a time, in processes of their own."""
 
@@ -199,7 +199,24 @@ class DistillRun(RunConfig):
                 "deepspeed.bf16 (optimization.precision is bf16 all the same)"
             )
         self._check_stages()
+        self._check_pairs()
         return self
+
+    def _check_pairs(self) -> None:
+        section = self.distillation
+        if section.method != "modules":
+            return
+        if section.pairs.local and section.stages.number > 1 and not section.pairs.objective.hidden_weight:
+            raise ValueError(
+                "distillation.pairs.objective.hidden_weight=0.0, and local pairs learn from hidden states alone: set "
+                "it above 0, or distillation.pairs.local to false"
+            )
+        said = {name for name, value in section.meta if value != getattr(MetaSection(), name)} - {"method"}
+        if section.meta.method == "teacher" and said:
+            raise ValueError(
+                f"distillation.meta.{min(said)} is given, and method 'teacher' has no meta model: set "
+                "distillation.meta.method to 'fit' or 'incubate', or remove it"
+            )
 
     def _check_stages(self) -> None:
         stages = self.distillation.stages

@@ -264,7 +264,8 @@ class Distillation:
     def _build_pair(self, index: int) -> Build:
         def build(run: ModuleRun, tokenizer: PreTrainedTokenizerFast) -> Job:
             try:
-                meta, teacher = CutModel.load(self._surroundings), Stage.load(self._teacher_stage(index))
+                meta = CutModel.load(self._surroundings)
+                teacher = Stage.load(self._teacher_stage(index)) if self._has_meta else meta.stages[index]
             except (FileNotFoundError, ValueError) as error:
                 raise ConfigError(f"stage {index}: {error}") from None
             return self._pair_job(index, meta, teacher, run)

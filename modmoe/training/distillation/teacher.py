@@ -87,8 +87,8 @@ def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
     """
     if not (places.teacher / _CUT).is_file():
         raise ConfigError(
-            f"{places.teacher} holds no teacher that was cut: run the same command without --stage first, or copy "
-            f"{places.teacher} and {places.meta} from where it ran"
+            f"{places.teacher} holds no teacher that was cut: run the same command without --stage first, or copy it "
+            f"from where that ran, with {places.meta} if there is one"
         )
     _check_same(run, places)
     frame = load_frame(places.frame)

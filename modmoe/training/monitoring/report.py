@@ -144,7 +144,8 @@ def draw_loss(metrics_file: Path, path: Path) -> None:
         axis.plot(*zip(*points, strict=True), marker="o", label=name.removeprefix("eval/").removesuffix(suffix))
     axis.set_xlabel("tokens")
     axis.set_ylabel("cross entropy, nats per token")
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -48,6 +48,14 @@ def test_the_teacher_of_the_quickstart_is_the_one_that_its_config_makes():
             r"distillation.meta.optimization.rate: extra inputs",
         ),
         ({"distillation.pairs.optimization": {"learning_rate": -1}}, "pairs.optimization.learning_rate: input should"),
+        (
+            {"distillation.pairs.objective.hidden_weight": 0},
+            "objective.hidden_weight=0.0, and local pairs learn from hidden states alone: set it above 0, or dist",
+        ),
+        (
+            {"distillation.meta": {"layers_per_stage": 2}},
+            "distillation.meta.layers_per_stage is given, and method 'teacher' has no meta model: set distillation.me",
+        ),
         ({"distillation.method": "m2m"}, "distillation.method: input should be 'modules', 'scratch', 'logit_kd' or "),
     ],
 )

@@ -109,18 +109,20 @@ def test_what_is_done_is_not_done_again(finished, make, caplog):
 # ---- One stage alone ----
 
 
-def test_a_stage_trains_where_the_rest_of_the_teacher_never_was(unfinished, finished, make, monkeypatch):
+@pytest.mark.parametrize("local", [True, False])
+def test_a_stage_trains_where_the_rest_of_the_teacher_never_was(unfinished, finished, make, monkeypatch, local):
     """Nor the teacher's own directory; weights are those of the run that had everything."""
     shutil.rmtree(Places(unfinished).teacher_stage(1))
     trained = []
     finish = JobTrainer.save_final
     monkeypatch.setattr(JobTrainer, "save_final", lambda self, path: trained.append(self.model) or finish(self, path))
     before = digests(unfinished)
-    run = make(unfinished, {"teacher": "nowhere", "tokenizer": {"name": "nowhere"}, "stage": 0})
-    assert distill(run, SCRIPT) == 0
-    assert_same(weights(unfinished, 0), weights(finished, 0))
+    changes = {"teacher": "nowhere", "tokenizer": {"name": "nowhere"}, "stage": 0, "distillation.pairs.local": local}
+    assert distill(make(unfinished, changes), SCRIPT) == 0
+    if local:
+        assert_same(weights(unfinished, 0), weights(finished, 0))
     assert before.items() <= digests(unfinished).items()
-    # Teacher and meta model are what they were, in memory too.
+    # Teacher and meta model are what they were, in memory too, also where a gradient went through the latter's end.
     (job,) = trained
     meta, stage = CutModel.load(Places(unfinished).meta), Stage.load(Places(unfinished).teacher_stage(0))
     assert_same(dict(job.task.frozen.meta.named_parameters()), dict(meta.named_parameters()))
@@ -211,7 +213,8 @@ def _at_once(jobs):
 # ---- Other ways ----
 
 
-def test_cached_signals_teach_what_the_teacher_teaches(make, tmp_path):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_cached_signals_teach_what_the_teacher_teaches(make, tmp_path, stage):
     """With the whole vocabulary, and with blocks that come again in a later epoch."""
     losses = []
     objective = {"hidden_weight": 1.0, "relation_weight": 1.0, "relation_heads": 2}
@@ -221,12 +224,12 @@ def test_cached_signals_teach_what_the_teacher_teaches(make, tmp_path):
     for out, cache in ((tmp_path / "on line", False), (tmp_path / "cached", True)):
         if cache:
             shutil.copytree(tmp_path / "on line", out, ignore=shutil.ignore_patterns("stages"))
-            changes["stage"] = 1
+            changes["stage"] = stage
         changes["distillation.pairs.signals"] = {"cache": cache, "top_k": VOCABULARY}
         assert distill(make(out, changes), SCRIPT) == 0
-        losses.append([r["loss"] for r in read_metrics(Places(out).pair_run(1) / "metrics.jsonl") if "loss" in r])
+        losses.append([r["loss"] for r in read_metrics(Places(out).pair_run(stage) / "metrics.jsonl") if "loss" in r])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    content = json.loads((Places(out).pair_run(1) / "signals" / "cache.json").read_text())
+    content = json.loads((Places(out).pair_run(stage) / "signals" / "cache.json").read_text())
     assert content["ends"][-1] < 16 * 4
 
 
@@ -305,7 +308,7 @@ def test_a_stage_needs_the_projection(unfinished, make):
 
 
 def test_stages_are_taught_in_the_teacher_itself(make, tmp_path, finished):
-    changes = {"distillation.meta.method": "teacher"}
+    changes = {"distillation.meta": {}}
     assert distill(make(tmp_path / "out", changes), SCRIPT) == 0
     places = Places(tmp_path / "out")
     assert list(json.loads(places.results.read_text())["phases"]) == ["stage 0", "stage 1", "end to end"]
