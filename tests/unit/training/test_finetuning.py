@@ -164,7 +164,7 @@ def test_an_extension_learns_what_it_is_for(make, base, two_sources, tmp_path):
     changes = {"init": str(tmp_path / "extended"), "data.sources": two_sources}
     changes |= {"optimization.steps": 40, "optimization.learning_rate": 3e-2}
     tuning = {"method": "extension", "extensions": ["new"]}
-    run = make(changes, **tuning, domain_loss={"sources": ["new"]})
+    run = make(changes, **tuning, domain_loss={"sources": ["new"], "coefficient": 1.0})
     trainer = train(run)
     losses = [record["aux/domain"] for record in records(run)]
     assert losses[-1] < 0.2 < math.log(2) * 0.9 < losses[0]

@@ -71,13 +71,14 @@ def test_a_dense_model_has_no_picture(tmp_path):
     assert not (tmp_path / "expert_use.png").exists()
 
 
-def test_the_loss_curve(tmp_path):
+@pytest.mark.parametrize("own", [{"cross_entropy": 5.0}, {}], ids=["labels", "hidden states alone"])
+@pytest.mark.parametrize(
+    "scores", [[{"step": 2, "eval/python/nats_per_token": 4.5}], []], ids=["scored", "not scored"]
+)
+@pytest.mark.filterwarnings("error")
+def test_the_loss_curve(tmp_path, own, scores):
     pytest.importorskip("matplotlib")
-    lines = [
-        {"step": 1, "cross_entropy": 5.0, "tokens": 10},
-        {"step": 2, "cross_entropy": 4.0, "tokens": 20},
-        {"step": 2, "eval/python/nats_per_token": 4.5},
-    ]
+    lines = [{"step": 1, "tokens": 10, "loss": 5.0} | own, {"step": 2, "tokens": 20, "loss": 4.0} | own, *scores]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == PNG
