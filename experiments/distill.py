@@ -50,7 +50,9 @@ def measure_seed(seed: int, directory: Path) -> None:
         out = directory / name
         options |= {"distillation__method": method, "optimization__steps": steps, "seed": seed, "teacher": teacher()}
         train("distill.py", "configs/distill/quickstart.yaml", out, **options)
-        return json.loads((out / "results.json").read_text())
+        content = json.loads((out / "results.json").read_text())
+        del content["teacher"]  # a path
+        return content
 
     results.measure("modules", lambda: student("modules", "modules", END_STEPS))
     for method in ("scratch", "logit_kd", "upcycle"):
