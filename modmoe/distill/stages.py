@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -82,6 +82,12 @@ class CutOutput(NamedTuple):
     """Hidden states (B, T, H) at each boundary: 0 are the embeddings, i + 1 is what stage i gives out."""
 
 
+def _in_turn(stages: Iterable[nn.Module], hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
+    for stage in stages:
+        hidden_states = stage(hidden_states, calls)
+    return hidden_states
+
+
 class CutModel(nn.Module):
     """
     A frame and its stages, which run one after another: a teacher that was cut, a meta model, or a hybrid of the two.
@@ -118,9 +124,7 @@ class CutModel(nn.Module):
         """(B, T, H): what goes into a stage."""
 
         def body(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
-            for before in self.stages[:stage]:
-                hidden_states = before(hidden_states, calls)
-            return hidden_states
+            return _in_turn(self.stages[:stage], hidden_states, calls)
 
         return self.frame.enter(batch, body)
 
@@ -129,10 +133,8 @@ class CutModel(nn.Module):
         entering: list[torch.Tensor] = []
 
         def body(hidden_states: torch.Tensor, calls: Calls) -> torch.Tensor:
-            for before in self.stages[:stage]:
-                hidden_states = before(hidden_states, calls)
-            entering.append(hidden_states)
-            return self.stages[stage](hidden_states, calls)
+            entering.append(_in_turn(self.stages[:stage], hidden_states, calls))
+            return self.stages[stage](entering[0], calls)
 
         leaving = self.frame.enter(batch, body)
         return entering[0], leaving
@@ -148,10 +150,7 @@ class CutModel(nn.Module):
         """
 
         def body(_: torch.Tensor, calls: Calls) -> torch.Tensor:
-            result = hidden_states
-            for later in self.stages[stage + 1 :]:
-                result = later(result, calls)
-            return result
+            return _in_turn(self.stages[stage + 1 :], hidden_states, calls)
 
         return self.frame(batch, body)
 

@@ -97,7 +97,7 @@ class Router(nn.Module):
             num_added = sum(len(rows) for rows in more_rows)
             logits = self.scores(hidden_states.to(dtype), *more_rows)
             if self.context_weight is not None:
-                assert context is not None
+                assert context is not None, "this router reads the context of documents: pass it"
                 logits = logits + F.linear(context.to(dtype), self.context_weight.to(dtype))
             routing = route(
                 logits,

@@ -198,7 +198,9 @@ def extra_cost(skeleton: ModMoEModel, extension: Extension) -> Cost:
     groups = [other.name for other in config.extension_list() if other.mode == "group"]
     slots = extension.num_attn_experts_per_tok if extension.num_attn_experts and extension.name in groups else 0
     heads = slots * config.num_attention_heads
-    if groups[:1] == [extension.name]:  # all extensions read the document context that the first one needs
+    # All extensions read the document context that the first one needs: a head of its own for each kv head, or in
+    # stick-breaking models less, a sum.
+    if groups[:1] == [extension.name]:
         heads += cast(int, config.num_key_value_heads)
     return Cost(total, active, products, 2 * config.num_hidden_layers * heads * (config.head_dim or 0))
 

@@ -131,8 +131,8 @@ class PairsSection(Section):
     objective: ObjectiveSection = ObjectiveSection()
     """The losses."""
     local: bool = True
-    """Teach all stages but the last by hidden states alone, where they end. What is behind them and the head
-    are not run, which takes a third of the time."""
+    """Teach all stages but the last by hidden states alone, where they end: what is behind them, and the head, is not
+    run."""
     stitch: Literal["projection", "linear"] = "projection"
     """What joins teacher's and student's width: one fixed projection for all, or a norm and a linear map of its own
     for each, which are dropped afterwards (m2mKD)."""
@@ -205,7 +205,7 @@ class DistillRun(RunConfig):
     def _check_pairs(self) -> None:
         section = self.distillation
         if section.method != "modules":
-            return
+            return  # a baseline has no pairs, whatever is said of them
         if section.pairs.local and section.stages.number > 1 and not section.pairs.objective.hidden_weight:
             raise ValueError(
                 "distillation.pairs.objective.hidden_weight=0.0, and local pairs learn from hidden states alone: set "

@@ -47,10 +47,7 @@ class PhaseRuns:
         whole = run.distillation.model_dump(mode="json")
         whole["pairs"]["signals"]["max_bytes"] = None
         method = run.distillation.meta.method
-        # Without a meta model nothing else that is said of it matters.
-        meta = (
-            {"method": method} if method == "teacher" else whole["meta"] | {"optimization": None, "incubation": None}
-        )
+        meta = whole["meta"] | {"optimization": None, "incubation": None}
         self._cut = {"teacher": teacher, "stages": whole["stages"] | {"student_ranges": None}}
         self._meta = self._cut | {"meta": meta}
         fitting = None if method == "teacher" else run.optimization_of("meta.optimization")
