@@ -39,7 +39,13 @@ from modmoe.training.distillation.student import (
     untrained_student,
     wants_projection,
 )
-from modmoe.training.distillation.teacher import CutTeacher, cut_teacher, open_teacher, parts_identity
+from modmoe.training.distillation.teacher import (
+    CutTeacher,
+    cut_teacher,
+    open_teacher,
+    part_fingerprints,
+    parts_identity,
+)
 from modmoe.training.distillation.trainer import JobTrainer
 from modmoe.training.errors import ConfigError
 from modmoe.training.finetuning.run import finetune
@@ -288,7 +294,7 @@ class Distillation:
         if section.signals.cache:
             identity = {
                 "teacher": checkpoint_fingerprint(self._teacher_stage(index)),
-                "meta": parts_identity(self._surroundings),
+                "meta": parts_identity(part_fingerprints(self._surroundings)),
                 "stage": index,
             }
             directory = run.output_dir / "signals"

@@ -14,7 +14,7 @@ from modmoe.data.tokenizer import existing_tokenizer
 from modmoe.distill.stages import cut, load_frame
 from modmoe.distill.student import check_same_tokenizer
 from modmoe.models import ModMoEConfig
-from modmoe.surgery.fingerprint import checkpoint_fingerprint
+from modmoe.surgery.fingerprint import checkpoint_fingerprint, difference
 from modmoe.training.checkpoints.checkpoint import writing
 from modmoe.training.distillation.config import DistillRun
 from modmoe.training.distillation.places import Places
@@ -66,7 +66,7 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
         parts.save(temporary)
         tokenizer.save_pretrained(temporary / places.frame.name)
     content = {
-        "identity": parts_identity(temporary),
+        "parts": part_fingerprints(temporary),
         "teacher": run.teacher,
         "source": _source(run.teacher),
         "stages": _cut_settings(run),
@@ -91,6 +91,7 @@ def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
             f"from where that ran, with {places.meta} if there is one"
         )
     _check_same(run, places)
+    _check_parts(places)
     frame = load_frame(places.frame)
     size, asked = frame.config.get_text_config().vocab_size, run.model.get("vocab_size")
     if asked not in (None, size):
@@ -124,7 +125,7 @@ def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
             f"distillation.pairs.objective.relation_heads={heads} must divide the widths of teacher and student, "
             f"{width} and {student.hidden_size}"
         )
-    return CutTeacher(_saved(places)["identity"], student, width)
+    return CutTeacher(parts_identity(_saved(places)["parts"]), student, width)
 
 
 def teacher_parameters(places: Places) -> int:
@@ -203,14 +204,37 @@ def _difference(run: DistillRun, places: Places) -> str | None:
     return None
 
 
+def _check_parts(places: Places) -> None:
+    """
+    Raises:
+        ConfigError: if one that is there is not what was cut, as after copying another one from elsewhere.
+    """
+    for name, expected in _saved(places)["parts"].items():
+        part = places.teacher / name
+        if not part.is_dir():
+            continue  # a machine that trains one pair in a meta model needs no other stages
+        try:
+            problem = difference(expected, checkpoint_fingerprint(part))
+        except (FileNotFoundError, ValueError) as error:
+            problem = str(error)
+        if problem is not None:
+            raise ConfigError(
+                f"{part} is not what was cut ({problem}): copy {places.teacher} again from where that was done, or "
+                "remove it, and the teacher is cut anew"
+            )
+
+
 def _source(name: str) -> dict[str, str] | None:
     directory = Path(name).expanduser()
     return checkpoint_fingerprint(directory) if (directory / "config.json").is_file() else None
 
 
-def parts_identity(directory: Path) -> str:
-    """Of a frame and stages that lie in a directory: changes with their weights and configs."""
-    digest = hashlib.sha256()
-    for part in sorted(path for path in directory.iterdir() if path.is_dir()):
-        digest.update(json.dumps([part.name, checkpoint_fingerprint(part)]).encode())
-    return digest.hexdigest()[:16]
+def part_fingerprints(directory: Path) -> dict[str, dict[str, str]]:
+    """Name -> fingerprint, of the frame and the stages that lie in a directory."""
+    parts = sorted(path for path in directory.iterdir() if path.is_dir())
+    return {part.name: checkpoint_fingerprint(part) for part in parts}
+
+
+def parts_identity(fingerprints: dict[str, dict[str, str]]) -> str:
+    """Of a model in parts: changes with their weights and configs."""
+    return hashlib.sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()[:16]

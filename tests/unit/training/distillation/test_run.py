@@ -140,6 +140,18 @@ def test_a_stage_needs_what_the_phases_before_it_leave(unfinished, make, tmp_pat
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
+def test_parts_of_another_teacher_are_refused(unfinished, make):
+    """As after copying them to the machine of one stage from the wrong place."""
+    file = Places(unfinished).teacher_stage(1) / "model.safetensors"
+    whole = file.read_bytes()
+    save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ConfigError, match=r"stage_01 is not what was cut \(.*other values.*\): copy .*/teacher again"):
+        distill(make(unfinished, {"stage": 0}), SCRIPT)
+    file.write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match=r"stage_01 is not what was cut \(.*is damaged or truncated"):
+        distill(make(unfinished, {"stage": 0}), SCRIPT)
+
+
 def test_an_interrupted_stage_goes_on_where_it_stopped(unfinished, finished, make, monkeypatch):
     run = make(unfinished, {"stage": 0})
     agree = Stop._agree
