@@ -44,7 +44,7 @@ _PRODUCTS = (
     RESULTS,
     "expert_use.png",
     "expert_use.json",
-    "costs.jsonl",
+    "costs.json",
 )
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import NamedTuple
 
 from modmoe.training.ranks.bootstrap import is_main_process, world_size
 
-_FILE = "costs.jsonl"
+_FILE = "costs.json"
+_NOTE_SECONDS = 10.0  # a process that is killed loses no more
 
 
 class Cost(NamedTuple):
@@ -22,19 +25,47 @@ class Cost(NamedTuple):
 
 @contextlib.contextmanager
 def measured(directory: Path) -> Iterator[None]:
-    """The context of one launch, whose cost is noted however it ends; a process that is killed notes nothing."""
-    wall, cpu = time.monotonic(), time.process_time()
+    """The context of one launch, whose cost is noted while it runs and however it ends."""
+    if not is_main_process():
+        yield
+        return
+    launch, wall, cpu = f"{time.time():.3f}", time.monotonic(), time.process_time()
+    ended = threading.Event()
+
+    def note() -> None:
+        if directory.is_dir():
+            cost = Cost(time.monotonic() - wall, (time.process_time() - cpu) * world_size())
+            temporary = directory / f".{_FILE}.tmp"
+            with contextlib.suppress(OSError):  # a full disk stops the training itself, and says so
+                temporary.write_text(json.dumps(_launches(directory) | {launch: cost}))
+                os.replace(temporary, directory / _FILE)
+
+    def keep_noting() -> None:
+        while not ended.wait(_NOTE_SECONDS):
+            note()
+
+    notes = threading.Thread(target=keep_noting, daemon=True)
+    notes.start()
     try:
         yield
     finally:
-        if is_main_process() and directory.is_dir():
-            cost = Cost(time.monotonic() - wall, (time.process_time() - cpu) * world_size())
-            with (directory / _FILE).open("a") as file:
-                file.write(json.dumps(cost._asdict()) + "\n")
+        ended.set()
+        notes.join()
+        note()
 
 
 def cost_of(directory: Path) -> Cost:
     """Of a phase; nothing if it has none."""
+    launches = _launches(directory)
+    return (
+        Cost(*(round(sum(values), 2) for values in zip(*launches.values(), strict=True)))
+        if launches
+        else Cost(0.0, 0.0)
+    )
+
+
+def _launches(directory: Path) -> dict[str, Cost]:
+    """By when they began; of a run that begins anew the file is removed."""
     path = directory / _FILE
-    launches = [Cost(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
-    return Cost(*(round(sum(values), 2) for values in zip(*launches, strict=True))) if launches else Cost(0.0, 0.0)
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    return {launch: Cost(*cost) for launch, cost in content.items()}

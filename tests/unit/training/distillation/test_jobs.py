@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -140,3 +141,24 @@ def test_costs_add_up_over_launches_however_they_end(tmp_path):
     cost = cost_of(tmp_path)
     assert 0.1 < cost.wall_seconds < 10
     assert cost.cpu_seconds < cost.wall_seconds
+
+
+def test_costs_of_what_is_done_anew_do_not_count(tmp_path):
+    with measured(tmp_path):
+        pass
+    with measured(tmp_path):
+        (tmp_path / "costs.json").unlink()  # as a run does that overwrites another
+    assert len(json.loads((tmp_path / "costs.json").read_text())) == 1
+
+
+def test_a_launch_that_is_killed_has_cost_what_it_has(tmp_path):
+    code = f"""
+import os, pathlib, time
+from modmoe.training.distillation import costs
+costs._NOTE_SECONDS = 0.02
+with costs.measured(pathlib.Path({str(tmp_path)!r})):
+    time.sleep(0.2)
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert 0.1 < cost_of(tmp_path).wall_seconds < 10
