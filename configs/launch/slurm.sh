@@ -4,6 +4,8 @@
 #
 #     sbatch --nodes 4 configs/launch/slurm.sh configs/train/my.yaml [--section.key VALUE ...]
 #
+# Submit it from the activated environment, which sbatch hands on. my.yaml is your own config.
+#
 #SBATCH --job-name=modmoe
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -27,7 +29,9 @@ ranks() {
         exec python "$@"' bash "$@"
 }
 
-ranks tools/launch_check.py --expect-world "$SLURM_NTASKS" --config "$config" "$@"
+# Older versions of Slurm set SLURM_NTASKS only inside of srun.
+world=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))}
+ranks tools/launch_check.py --expect-world "$world" --config "$config" "$@"
 code=0
 ranks train/pretrain.py --config "$config" "$@" || code=$?
 # 143: saved after SIGTERM, because of the time limit or a preemption; the same command resumes.
