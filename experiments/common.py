@@ -153,7 +153,7 @@ class Results:
 
 
 def mean_and_spread(values: Iterable[float], form: str = "{:+.2f}") -> str:
-    """Mean and sample standard deviation as text."""
+    """Mean and sample standard deviation as text; of one value, that."""
     values = list(values)
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{form.format(statistics.fmean(values))} ± {form.replace('+', '').format(spread)}"
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.replace('+', '').format(statistics.stdev(values))}" if len(values) > 1 else mean

@@ -129,7 +129,10 @@ def model_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> 
     }
     size, needed = fields["vocab_size"], num_ids(tokenizer)
     if size < needed:
-        raise ConfigError(f"model.vocab_size={size} is smaller than the tokenizer's {needed}: leave it out, or set it to {needed} or more")
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the tokenizer's {needed}: leave it out, or set it to at least "
+            f"{needed}"
+        )
     return build_model_config(fields)
 
 

@@ -104,13 +104,13 @@ def assemble_student(stages: Sequence[Path], places: Places) -> bool:
 
 
 def untrained_student(run: DistillRun, cut: CutTeacher, places: Places) -> None:
-    """The student of a baseline: fresh, or with what the stages would start with (method "upcycle")."""
+    """The student of a baseline: fresh, or with what the stages would start with."""
     parts = places.root / ".untrained"
     shutil.rmtree(parts, ignore_errors=True)
     frame = load_frame(places.frame)
     directories = []
     for index in range(run.distillation.stages.number):
-        if run.distillation.method == "upcycle":
+        if run.distillation.upcycles:
             teacher = Stage.load(places.teacher_stage(index))
             stage, _ = started_stage(run, cut, places, index, frame, teacher)
         else:
