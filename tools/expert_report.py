@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: argparse.Namespace) -> UsageReport:
     """What can be refused is refused before the model is loaded and any text measured."""
-    check_output(options.out)
+    check_output(options.out, options.model)
     identity = checkpoint_identity(options.model)
     config = AutoConfig.from_pretrained(options.model)
     sources = parse_domains(options.data, options.text_field)

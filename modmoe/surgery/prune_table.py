@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from modmoe.models import ModMoEConfig
 from modmoe.models.safetensors_stream import TensorSpec
 from modmoe.surgery.prune import Pruning
 
@@ -44,7 +45,7 @@ def active_before(pruning: Pruning) -> int:
         for pool in checkpoint.pools.values()
         for tensor in pool.experts
     )
-    return size_before(pruning).parameters - idle - _looked_up(pruning)
+    return size_before(pruning).parameters - idle - _untouched(pruning)
 
 
 def active_after(pruning: Pruning) -> int:
@@ -54,14 +55,25 @@ def active_after(pruning: Pruning) -> int:
         new = pruning.pools[place]
         pool = sum(pruning.checkpoint.weights.spec(tensor.name).numel for tensor in old.experts)
         idle += pool * (len(new.experts) - new.top_k) // old.num_experts
-    return size_after(pruning).parameters - idle - _looked_up(pruning)
+    return size_after(pruning).parameters - idle - _untouched(pruning)
 
 
-def _looked_up(pruning: Pruning) -> int:
-    weights = pruning.checkpoint.weights
-    if pruning.checkpoint.config.tie_word_embeddings:
-        return 0
-    return sum(weights.spec(name).numel for name in weights if name.endswith("embed_tokens.weight"))
+def _untouched(pruning: Pruning) -> int:
+    """Of the weights that stay: tables that are only looked up, and what a token does not use of extensions."""
+    config, weights = pruning.checkpoint.config, pruning.checkpoint.weights
+    tables = (
+        ["embed_positions.weight"] if config.tie_word_embeddings else ["embed_positions.weight", "embed_tokens.weight"]
+    )
+    count = sum(weights.spec(name).numel for name in weights if name.endswith(tuple(tables)))
+    for extension in config.extension_list() if isinstance(config, ModMoEConfig) else ():
+        for name in weights:
+            if extension.owns(name) and ".experts." in name:
+                spec, attention = weights.spec(name), ".self_attn." in name
+                used = extension.num_attn_experts_per_tok if attention else extension.num_experts_per_tok
+                # Common experts have no slots of their own: one of them is used in place of an old one.
+                used = used if extension.mode == "group" else 0
+                count += spec.numel * (spec.shape[0] - used) // spec.shape[0]
+    return count
 
 
 def rows(pruning: Pruning) -> list[tuple[str, ...]]:

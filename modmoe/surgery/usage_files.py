@@ -2,7 +2,6 @@
 
 import csv
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +17,12 @@ PAGE_FILE = "index.html"
 _OURS = {REPORT_FILE, TABLE_FILE, PAGE_FILE, *PICTURE_FILES}
 
 
-def check_output(directory: Path) -> None:
+def check_output(directory: Path, *sources: Path) -> None:
     """
     Raises:
-        ValueError: if the directory holds anything but an earlier report, or lies below a file.
+        ValueError: if the directory holds anything but an earlier report, lies below a file, or in one of `sources`.
     """
-    check_place(directory)
+    check_place(directory, *sources)
     if directory.is_dir():
         try:
             UsageReport.load(directory / REPORT_FILE)
@@ -58,7 +57,7 @@ def write_report(report: UsageReport, directory: Path) -> None:
             (written / picture.name).write_bytes(picture.png)
         (written / PAGE_FILE).write_text(render_page(report, pictures))
         if directory.is_dir():
-            shutil.rmtree(directory)
+            directory.rename(Path(scratch) / "earlier")
         os.replace(written, directory)
 
 

@@ -327,10 +327,22 @@ def test_only_the_sides_that_were_named_lose_experts(tmp_path, ids):
 
 
 @pytest.mark.parametrize("denominator", ["keep", "drop"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_sizes_and_active_weights_are_those_of_the_models(tmp_path, denominator, tied):
-    source = save(tmp_path / "a", tie_word_embeddings=tied)
-    pruning = Pruning(ExpertCheckpoint(source), KEPT | {(0, "ffn"): [1]}, denominator)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True},
+        {"tie_word_embeddings": False},
+        {"attention_type": "softmax", "position_embedding": "learned"},
+        {"extensions": [{"name": "new", "num_experts": 3, "num_attn_experts": 2, "num_experts_per_tok": 2}]},
+        {"extensions": [{"name": "new", "num_experts": 3, "num_attn_experts": 2, "mode": "common"}]},
+    ],
+    ids=["tied", "untied", "learned positions", "group", "common"],
+)
+def test_sizes_and_active_weights_are_those_of_the_models(tmp_path, denominator, changes):
+    source = save(tmp_path / "a", **changes)
+    pruning = Pruning(
+        ExpertCheckpoint(source), KEPT | {(0, "ffn"): [1] if "extensions" not in changes else [1, 2]}, denominator
+    )
     pruning.write(tmp_path / "b")
     for directory, size, active in [
         (source, size_before(pruning), active_before(pruning)),

@@ -127,6 +127,13 @@ def test_an_output_directory_in_use_is_refused_before_anything_is_measured(nativ
     assert "out/mine.txt/report cannot be made, since out/mine.txt is a file" in err
 
 
+def test_a_report_does_not_go_into_the_model(native, run):
+    code, _, err = run(native, "--out", str(native / "usage"))
+    assert code == 2
+    assert "which is not modified: name one elsewhere" in err
+    assert not (native / "usage").exists()
+
+
 def test_weights_that_transformers_would_make_up(run, tmp_path, tokenizer):
     from safetensors.torch import load_file, save_file
 

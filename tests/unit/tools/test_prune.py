@@ -284,8 +284,9 @@ def test_memory_does_not_grow_with_the_model_and_an_interruption_leaves_nothing(
     shutil.rmtree(out)
 
     process = start(model, "--keep", "0.8", "--out", str(out))
-    while process.poll() is None and not list(tmp_path.glob(".out.*/pruned/.model*")):
+    while process.poll() is None and not list(tmp_path.glob(".out.*/written/.model*")):
         time.sleep(0.005)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     assert {p.name for p in tmp_path.iterdir()} == {"large", "usage.json"}
