@@ -120,10 +120,8 @@ def train_only(model: nn.Module, extensions: Iterable[str] | str) -> list[str]:
     present = {extension.name: extension for extension in config.extension_list()}
     unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
-        raise ValueError(
-            f"the model has no extension {unknown[0] if unknown else '(none is named)'!r}: it has "
-            f"{', '.join(present) or 'none; add one with tools/extend.py'}"
-        )
+        problem = f"the model has no extension {unknown[0]!r}" if unknown else "no extension is named"
+        raise ValueError(f"{problem}: it has {', '.join(present) or 'none; add one with tools/extend.py'}")
     trainable = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(present[extension].owns(name) for extension in wanted))

@@ -75,8 +75,15 @@ def native_config(fields: Mapping[str, Any]) -> ModMoEConfig:
     Raises:
         ValueError: fields that are unknown or contradict each other, in one sentence.
     """
-    try:
+    with plain_errors():
         return ModMoEConfig.from_dict(dict(fields))
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Strict configs wrap what is wrong with a field into errors of their own; here it is a ValueError."""
+    try:
+        yield
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from None
 

@@ -37,7 +37,6 @@ _OF_TRAINING = {
     "extensions",
     "attention_dropout",
     "sample_topk",
-    "max_position_embeddings",
     "selection_bias_update_rate",
     "router_aux_loss_type",
     "router_aux_loss_coef",

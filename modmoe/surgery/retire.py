@@ -42,11 +42,14 @@ def retire(router: Router, experts: Iterable[int], denominator: Literal["keep", 
     if not isinstance(router, _Retiring):
         kind = type(router)
         router.__class__ = type(f"Retiring{kind.__name__}", (_Retiring, kind), {"__module__": __name__})
-        router.register_buffer("retired", retired, persistent=False)
         if router.selection_bias is None:
             router.register_buffer("selection_bias", torch.zeros_like(retired, dtype=torch.float32), persistent=False)
-    router.retired = retired
-    router.in_softmax = denominator == "keep"  # type: ignore[assignment]
+    rows = torch.zeros(len(router.weight), dtype=torch.bool, device=router.weight.device)
+    if denominator == "drop":
+        rows[retired.nonzero().flatten() if router.expert_rows is None else router.expert_rows[retired]] = True
+    # Masks, with which a forward pass on a GPU waits for nothing.
+    router.register_buffer("retired", retired, persistent=False)
+    router.register_buffer("rows_out_of_softmax", rows, persistent=False)
     bias: Any = router.selection_bias
     bias.masked_fill_(retired, -torch.inf)
 
@@ -54,30 +57,25 @@ def retire(router: Router, experts: Iterable[int], denominator: Literal["keep", 
 class _Retiring:
     """What a router becomes; `super()` is the router's own class."""
 
-    expert_rows: torch.Tensor | None
     retired: torch.Tensor
-    in_softmax: bool
+    rows_out_of_softmax: torch.Tensor
     renormalize: bool
 
     def scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super().scores(*args, **kwargs)  # type: ignore[misc]
-        return logits if self.in_softmax else self._without(logits)
+        gone = self.rows_out_of_softmax
+        # Behind them are rows of extensions.
+        return logits.masked_fill(F.pad(gone, (0, logits.shape[1] - len(gone))), _LOWEST)
 
     def forward(self, *args: Any, **kwargs: Any) -> RouterOutput:
         output: RouterOutput = super().forward(*args, **kwargs)  # type: ignore[misc]
-        gone = self.retired.nonzero().flatten()
-        # A token that uses more experts than there are left has slots without one.
-        nobody = torch.isin(output.top_k_index, gone)
+        # A token that uses more experts than there are left has slots without one; those that are empty hold E.
+        nobody = F.pad(self.retired, (0, 1))[output.top_k_index]
         gates = output.top_k_weights.masked_fill(nobody, 0.0)
         if self.renormalize:
             gates = F.normalize(gates, p=1, dim=-1, eps=torch.finfo(gates.dtype).tiny)
         return RouterOutput(
-            output.logits.index_fill(1, gone, _LOWEST),
+            output.logits.masked_fill(self.retired, _LOWEST),
             gates,
             output.top_k_index.masked_fill(nobody, output.logits.shape[1]),
         )
-
-    def _without(self, logits: torch.Tensor) -> torch.Tensor:
-        """(N, R) with the rows of retired experts at the lowest."""
-        gone = self.retired.nonzero().flatten() if self.expert_rows is None else self.expert_rows[self.retired]
-        return logits.index_fill(1, gone, _LOWEST)

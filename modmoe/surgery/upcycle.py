@@ -3,13 +3,11 @@
 Attention stays what it was. Every FFN becomes a pool of experts, see `modmoe.surgery.upcycle_ffn`.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -17,7 +15,7 @@ from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.dense import NativeWeights, check_dense, config_from_dense
 from modmoe.models.modeling_modmoe import ModMoEForCausalLM
 from modmoe.models.safetensors_stream import SavedWeights, TensorSpec, WeightsWriter
-from modmoe.surgery.model_directory import check_new, copy_tokenizer, new_directory, read_config
+from modmoe.surgery.model_directory import check_new, copy_tokenizer, new_directory, plain_errors, read_config
 from modmoe.surgery.upcycle_ffn import METHODS, Method, check_divides, split_ffn
 
 RouterStart = Literal["centroid", "random"]
@@ -111,7 +109,7 @@ def open_dense(source: Path) -> DenseModel:
         ValueError: as `config_from_dense`; weights that the config does not match.
     """
     check_dense(read_config(source))
-    with _plain_errors():
+    with plain_errors():
         theirs = AutoConfig.from_pretrained(source)
         config = config_from_dense(theirs)
     saved = SavedWeights(source)
@@ -147,7 +145,7 @@ def upcycled_config(
                 f"{name}={value!r} contradicts the dense model and method={method!r}, from which {forced[name]!r} "
                 "follows: leave it out"
             )
-    with _plain_errors():
+    with plain_errors():
         config = ModMoEConfig.from_dict(forced | {"router_type": "linear"} | dict(fields))
     config.architectures = [ModMoEForCausalLM.__name__]
     if router not in get_args(RouterStart):
@@ -159,15 +157,6 @@ def upcycled_config(
             f"router_type={config.router_type!r} cannot start from centroids: set it to 'linear', or router='random'"
         )
     return config
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Strict configs wrap what is wrong with a field into errors of their own."""
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from None
 
 
 def _cluster_size(intermediate_size: int, num_experts: int | list[int]) -> int:
