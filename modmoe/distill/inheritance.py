@@ -46,8 +46,8 @@ class Inheritance:
     Args:
         ffn: "copy" makes every FFN expert the teacher's FFN, "cluster" shares its neurons out to the experts (see
             `modmoe.surgery.upcycle_ffn`), "fresh" takes nothing.
-        attention: "teacher" takes its projections, for each expert the same, where attention types and shapes allow;
-            "fresh" takes nothing.
+        attention: "teacher" gives every expert the projections of all of the teacher's heads, where attention types
+            and shapes allow; "fresh" takes nothing.
         reinit: share of neurons drawn anew in copies.
     """
 
@@ -77,7 +77,14 @@ def inherit(
     """
     if what.ffn == what.attention == "fresh":
         return []
-    native = config_from_dense(teacher.config)
+    try:
+        native = config_from_dense(teacher.config)
+        if projection is not None:
+            _check_norms(native, student.config)
+    except ValueError:
+        if what.ffn != "fresh":
+            raise
+        return []  # attention is taken where that is possible
     generator = torch.Generator().manual_seed(stage_seed(seed, "inheritance", student.spec.index))
     written: set[str] = set()
     layers = list(student.model.layers)
@@ -85,14 +92,16 @@ def inherit(
     def initialize(source: nn.Module, block: nn.Module) -> None:
         weights = _native_block(source, native, teacher.config.model_type)
         if projection is not None:
-            weights = _through(weights, projection, native, student.config)
+            weights = _through(weights, projection)
         own = dict(block.named_parameters())
         taken: dict[str, Tensor] = {}
+        layer = layers.index(block)
         if what.ffn != "fresh":
-            experts = student.config.experts_at(layers.index(block))
-            taken |= _ffn(weights, own, what, experts, _gates(student.config, *experts), generator)
+            experts = student.config.experts_at(layer)
+            taken |= _ffn(weights, own, what, experts, _gate(student.config, *experts), generator)
         if what.attention == "teacher" and student.config.attention_type == native.attention_type:
-            taken |= _attention(weights, own)
+            experts = student.config.attn_experts_at(layer)
+            taken |= _attention(weights, own, experts[1] * _gate(student.config, *experts))
         taken |= _norms(weights, own, taken)
         for name, tensor in taken.items():
             own[name].copy_(tensor)
@@ -113,15 +122,20 @@ def _native_block(block: nn.Module, config: ModMoEConfig, model_type: str) -> di
     }
 
 
-def _through(
-    weights: Mapping[str, Tensor], projection: Tensor, teacher: ModMoEConfig, student: ModMoEConfig
-) -> dict[str, Tensor]:
-    """The weights for hidden states of the student's width; norms keep no weight."""
+def _check_norms(teacher: ModMoEConfig, student: ModMoEConfig) -> None:
+    """
+    Raises:
+        ValueError: if no matrix leads through them, see above.
+    """
     if {teacher.norm_type, student.norm_type} != {"rmsnorm"}:
         raise ValueError(
             f"teacher and student have norm_type={teacher.norm_type!r} and {student.norm_type!r}, and only RMSNorms "
             "let a student of another width take the teacher's blocks: start it fresh, or give it the teacher's width"
         )
+
+
+def _through(weights: Mapping[str, Tensor], projection: Tensor) -> dict[str, Tensor]:
+    """The weights for hidden states of the student's width; norms keep no weight."""
     scale = (projection.shape[0] / projection.shape[1]) ** 0.5
     projected = {name: tensor for name, tensor in weights.items() if "layernorm" not in name}
     for name, norm in _READ_NORMED.items():
@@ -140,7 +154,7 @@ def _ffn(
     own: Mapping[str, Tensor],
     what: Inheritance,
     experts: tuple[int, int],
-    gates: float,
+    gate: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     theirs = {name.removeprefix(_FFN): tensor for name, tensor in weights.items() if name.startswith(_FFN)}
@@ -160,28 +174,31 @@ def _ffn(
             f"ffn={method!r} makes of the teacher's FFN experts of shapes {made}, and the student's have {wanted}: "
             "change intermediate_size, num_experts, gated_ffn or hidden_size of the student, or take ffn='fresh'"
         )
-    if method == "cluster":
-        parts = {name: part / gates if name.startswith("down_proj") else part for name, part in parts.items()}
+    # Clusters add up to the teacher's FFN, copies are it each.
+    total = gate if method == "cluster" else experts[1] * gate
+    parts = {name: part / total if name.startswith("down_proj") else part for name, part in parts.items()}
     taken = {f"{_FFN}{name}": tensor for name, tensor in parts.items()}
-    gate = own.get("mlp.gate.weight")
-    if router is not None and gate is not None and gate.shape == router.shape:
+    rows = own.get("mlp.gate.weight")
+    if router is not None and rows is not None and rows.shape == router.shape:
         taken["mlp.gate.weight"] = router
     return taken
 
 
-def _gates(config: ModMoEConfig, num_experts: int, top_k: int) -> float:
-    """What a router that knows nothing yet multiplies each cluster by, which all together were the teacher's FFN."""
+def _gate(config: ModMoEConfig, num_experts: int, top_k: int) -> float:
+    """By which an untrained router, which prefers nothing, multiplies each expert that it chooses."""
     if num_experts == 1 or config.unit_gates:
         return 1.0
     return 1 / top_k if config.norm_topk_prob else 1 / num_experts
 
 
-def _attention(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of the projections, or nothing if one does not fit."""
+def _attention(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], gates: float) -> dict[str, Tensor]:
+    """All of the projections, or nothing if one does not fit; `gates` is the sum of those of a token's experts."""
     names = [name for name in own if name.startswith(_ATTENTION) and not name.startswith(_ROUTER)]
     taken = {name: _for_each_expert(weights.get(name), own[name]) for name in names}
     fitting = {name: tensor for name, tensor in taken.items() if tensor is not None}
-    return fitting if len(fitting) == len(names) else {}
+    if len(fitting) < len(names):
+        return {}
+    return {name: tensor / gates if name in _WRITTEN else tensor for name, tensor in fitting.items()}
 
 
 def _for_each_expert(tensor: Tensor | None, own: Tensor) -> Tensor | None:

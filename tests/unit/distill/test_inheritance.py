@@ -41,32 +41,26 @@ def test_nothing_is_taken_unless_asked_for(teacher):
     assert all(tensor.equal(before[name]) for name, tensor in student.state_dict().items())
 
 
+@pytest.mark.parametrize("gates", [{"norm_topk_prob": True}, {"norm_topk_prob": False}, {"unit_gates": True}])
 @pytest.mark.parametrize(
-    ("ffn", "gates"),
+    ("ffn", "sizes"),
     [
-        ("copy", {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True}),
-        ("cluster", {"num_experts": 3, "num_experts_per_tok": 3, "intermediate_size": 8, "unit_gates": True}),
+        ("copy", {"num_experts": 3, "num_experts_per_tok": 2}),
+        ("cluster", {"num_experts": 3, "num_experts_per_tok": 3, "intermediate_size": 8}),
     ],
 )
-def test_a_stage_that_takes_everything_computes_what_the_teachers_does(teacher, ffn, gates):
-    student = middle(teacher, like_the_teacher(teacher, **gates))
+def test_a_stage_that_takes_everything_computes_what_the_teachers_does(teacher, ffn, sizes, gates):
+    """While its routers prefer nothing; and it has several attention experts, each with all of the teacher's heads."""
+    config = like_the_teacher(teacher, num_attn_experts=4, num_attn_experts_per_tok=2, **sizes, **gates)
+    student = middle(teacher, config)
     written = inherit(student, teacher.stages[1], Inheritance(ffn, "teacher"), SEED)
     assert {"mlp.experts.down_proj", "self_attn.experts.q_proj.weight", "input_layernorm.weight"} <= set(written)
+    with torch.no_grad():
+        for layer in student.model.layers:
+            layer.mlp.gate.weight.zero_()
+            layer.self_attn.gate.weight.zero_()
     entering, leaving = through_the_teachers(teacher)
     assert student(text(), entering).hidden_states.allclose(leaving, atol=1e-5)
-
-
-def test_clusters_behind_even_gates_add_up_to_the_teachers_network(teacher):
-    """Gates of a router that prefers nothing are 1 / k each, or 1 / E of all experts."""
-    entering, leaving = through_the_teachers(teacher)
-    for changes in ({"norm_topk_prob": True}, {"norm_topk_prob": False}):
-        sizes = {"num_experts": 3, "num_experts_per_tok": 3, "intermediate_size": 8}
-        student = middle(teacher, like_the_teacher(teacher, **sizes, **changes))
-        inherit(student, teacher.stages[1], Inheritance("cluster", "teacher"), SEED)
-        with torch.no_grad():
-            for layer in student.model.layers:
-                layer.mlp.gate.weight.zero_()
-        assert student(text(), entering).hidden_states.allclose(leaving, atol=1e-5), changes
 
 
 def test_through_a_rotation_the_stage_computes_the_same_in_other_coordinates(teacher):
@@ -133,6 +127,8 @@ def test_what_does_not_fit_is_refused(teacher):
     student = middle(teacher, like_the_teacher(teacher, norm_type="layernorm"))
     with pytest.raises(ValueError, match="only RMSNorms let a student of another width"):
         inherit(student, teacher.stages[1], Inheritance("copy"), SEED, torch.eye(16))
+    assert inherit(student, teacher.stages[1], Inheritance("fresh", "teacher"), SEED, torch.eye(16)) == []
     teacher.stages[1].config = GPTNeoXConfig()
     with pytest.raises(ValueError, match="model_type='gpt_neox' is not a dense model known here"):
         inherit(student, teacher.stages[1], Inheritance("copy"), SEED)
+    assert inherit(student, teacher.stages[1], Inheritance("fresh", "teacher"), SEED) == []
