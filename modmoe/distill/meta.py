@@ -134,12 +134,14 @@ class MetaFit(nn.Module):
         self,
         signals: Mapping[str, torch.Tensor] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_tokens_in_batch: torch.Tensor | int | None = None,
         **batch: Any,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             signals: `TeacherSignals.tensors()` of this batch, from a cache; None asks the teacher.
-            num_items_in_batch: valid tokens of the whole optimizer step; None is this batch's.
+            num_items_in_batch, num_tokens_in_batch: valid and real tokens of the whole optimizer step; None are this
+                batch's.
             batch: inputs of the model, and labels.
 
         Returns:
@@ -166,6 +168,7 @@ class MetaFit(nn.Module):
             hidden=[(leaving[boundary - 1], states) for boundary, states in sorted(boundaries.items())],
             token_mask=real_tokens(batch),
             num_items=num_items_in_batch,
+            num_tokens=num_tokens_in_batch,
         )
 
     def score(self, batch: Batch) -> dict[str, torch.Tensor]:

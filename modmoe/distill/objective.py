@@ -85,6 +85,7 @@ class Objective:
         relations: Sequence[States] = (),
         token_mask: torch.Tensor | None = None,
         num_items: torch.Tensor | int | None = None,
+        num_tokens: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -95,6 +96,7 @@ class Objective:
             relations: places to match relations at.
             token_mask: (B, T) bool, the real tokens of `hidden` and `relations`; None is all.
             num_items: valid tokens of the whole optimizer step; the loss is then this batch's share of the step's.
+            num_tokens: likewise its real tokens, of which `hidden` and `relations` are means.
 
         Returns:
             "loss" with gradient, and its parts by name without gradient or weights, each a mean of this batch.
@@ -106,16 +108,17 @@ class Objective:
         parts: dict[str, torch.Tensor] = {}
         if logits is not None:
             loss, parts = self._of_logits(logits, targets, teacher)
+            loss = loss * share_of(targets != IGNORE_INDEX, num_items)
         if self.hidden_weight and hidden:
             parts["hidden"] = torch.stack([hidden_loss(*states, token_mask) for states in hidden]).mean()
-            loss = loss + self.hidden_weight * parts["hidden"]
+            share = share_of(_tokens(hidden[0], token_mask), num_tokens)
+            loss = loss + self.hidden_weight * share * parts["hidden"]
         if self.relation_weight and relations:
             values = [relation_loss(*states, token_mask, self.relation_heads) for states in relations]
             parts["relation"] = torch.stack(values).mean()
-            loss = loss + self.relation_weight * parts["relation"]
-        valid = (targets != IGNORE_INDEX).sum()
-        share = valid / _at_least_one(valid if num_items is None else num_items)
-        return {"loss": loss * share} | {name: value.detach() for name, value in parts.items()}
+            share = share_of(_tokens(relations[0], token_mask), num_tokens)
+            loss = loss + self.relation_weight * share * parts["relation"]
+        return {"loss": torch.as_tensor(loss)} | {name: value.detach() for name, value in parts.items()}
 
     def _of_logits(
         self, logits: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | TopK | None
@@ -253,8 +256,24 @@ def _rows(teacher: torch.Tensor | TopK | None, rows: slice) -> torch.Tensor | To
     return teacher.flatten(0, -2)[rows]
 
 
-def _at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+def share_of(counted: torch.Tensor, of_the_step: torch.Tensor | int | None) -> torch.Tensor | float:
+    """
+    Args:
+        counted: bool, what of a batch counts.
+        of_the_step: how many count in the whole optimizer step; None if the batch is the step.
+
+    Returns:
+        the batch's share of the step: its part of the step's mean is its own mean times this.
+    """
+    if of_the_step is None:
+        return 1.0
+    count = of_the_step.clamp(min=1) if isinstance(of_the_step, torch.Tensor) else max(of_the_step, 1)
+    return counted.sum() / count
+
+
+def _tokens(states: States, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) bool."""
+    return token_mask if token_mask is not None else states[0].new_ones(states[0].shape[:2], dtype=torch.bool)
 
 
 def _check_vocabulary(logits: torch.Tensor, teacher: torch.Tensor | TopK | None) -> None:

@@ -173,6 +173,7 @@ class StagePair(nn.Module):
             relations=[] if exit_states is None else [(output.hidden_states, exit_states)],
             token_mask=real_tokens(batch),
             num_items=num_items_in_batch,
+            num_tokens=num_tokens_in_batch,
         )
         routers = self.student.router_losses(
             output, batch, targets, num_items_in_batch, num_tokens_in_batch, router_statistics

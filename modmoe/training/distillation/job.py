@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from modmoe.distill.frame import Frame
 from modmoe.distill.meta import Incubation, MetaFit
-from modmoe.distill.objective import IGNORE_INDEX
+from modmoe.distill.objective import IGNORE_INDEX, real_tokens, share_of
 from modmoe.distill.pair import StagePair
 from modmoe.distill.stages import CutModel
 from modmoe.losses.router import RouterStatistics
@@ -19,6 +19,7 @@ from modmoe.training.distillation.signals import CachedSignals, split_signals
 
 Task = MetaFit | Incubation | StagePair
 
+_MEANS_OF_TOKENS = ("hidden", "relation")  # other losses are means of labels
 # Of the losses by name: the one that is trained on, one that has a place of its own, and routers' loads.
 _NOT_PARTS = ("loss", "cross_entropy", "router", "tokens_per_expert", "attn_tokens_per_expert")
 
@@ -89,17 +90,19 @@ class Job(nn.Module):
         """
         batch, signals = split_signals(inputs)
         if not torch.is_grad_enabled():
-            return _output(self.task.score(batch), 1.0)
+            return _output(self.task.score(batch), 1.0, 1.0)
         shares: dict[str, Any] = {"num_items_in_batch": num_items_in_batch}
+        if not isinstance(self.task, Incubation):
+            shares["num_tokens_in_batch"] = num_tokens_in_batch
         if isinstance(self.task, StagePair):
-            shares |= {"num_tokens_in_batch": num_tokens_in_batch, "router_statistics": router_statistics}
+            shares["router_statistics"] = router_statistics
         if signals:
             shares["signals"] = signals
         losses = self.task(**batch, **shares)
-        if num_items_in_batch is None:
-            return _output(losses, 1.0)
-        items = torch.as_tensor(num_items_in_batch, device=losses["loss"].device).clamp(min=1)
-        return _output(losses, (self.task.targets_of(batch) != IGNORE_INDEX).sum() / items)
+        tokens = real_tokens(batch)
+        tokens = torch.ones_like(batch["input_ids"], dtype=torch.bool) if tokens is None else tokens
+        of_labels = share_of(self.task.targets_of(batch) != IGNORE_INDEX, num_items_in_batch)
+        return _output(losses, of_labels, share_of(tokens, num_tokens_in_batch))
 
     def router_statistics(self, **inputs: torch.Tensor) -> RouterStatistics | None:
         """See `StagePair.router_statistics`."""
@@ -112,12 +115,17 @@ class Job(nn.Module):
         self.task.student.update_selection_bias(*loads)
 
 
-def _output(losses: dict[str, Any], share: torch.Tensor | float) -> JobOutput:
+def _output(losses: dict[str, Any], of_labels: torch.Tensor | float, of_tokens: torch.Tensor | float) -> JobOutput:
+    """With a micro-batch's shares of the step's labels and tokens."""
     cross_entropy = losses.get("cross_entropy")
     return JobOutput(
         losses["loss"],
-        None if cross_entropy is None else cross_entropy * share,
-        {name: value * share for name, value in losses.items() if name not in _NOT_PARTS},
+        None if cross_entropy is None else cross_entropy * of_labels,
+        {
+            name: value * (of_tokens if name in _MEANS_OF_TOKENS else of_labels)
+            for name, value in losses.items()
+            if name not in _NOT_PARTS
+        },
         {"router": losses["router"]} if "router" in losses else None,
         losses.get("tokens_per_expert"),
         losses.get("attn_tokens_per_expert"),

@@ -70,6 +70,25 @@ def test_shares_of_batches_add_up_to_the_whole():
     torch.testing.assert_close(sum(parts), whole)
 
 
+def test_shares_of_hidden_states_are_those_of_tokens():
+    """A batch of prompts, which predicts nothing, still teaches where stages end."""
+    student, teacher, targets = sample()
+    targets[0] = -100
+    mask = torch.ones(targets.shape, dtype=torch.bool)
+    mask[2, 1:] = False
+    objective = Objective(hidden_weight=2.0, relation_weight=3.0, relation_heads=1)
+
+    def loss(rows: slice, **of_the_step: int) -> torch.Tensor:
+        states = [(student[rows], teacher[rows])]
+        given = {"hidden": states, "relations": states, "token_mask": mask[rows]}
+        return objective.losses(student[rows], targets[rows], teacher[rows], **given, **of_the_step)["loss"]
+
+    counts = {"num_items": int((targets != -100).sum()), "num_tokens": int(mask.sum())}
+    parts = [loss(slice(0, 1), **counts), loss(slice(1, 3), **counts)]
+    assert parts[0] > 0
+    torch.testing.assert_close(sum(parts), loss(slice(0, 3)))
+
+
 @pytest.mark.parametrize("nothing", [-1e4, -torch.inf])
 def test_words_that_nobody_uses_change_nothing(nothing):
     student, teacher, targets = sample()
