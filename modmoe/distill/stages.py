@@ -67,9 +67,14 @@ class Stage(nn.Module):
         config = AutoConfig.from_pretrained(directory)
         whole = skeleton(config)
         likes = whole.get_submodule(blocks_name(whole))
-        indices = rest["layer_indices"]
+        indices = rest.get("layer_indices", [])
         stage = cls(spec, whole.config, [new_block(whole.config, likes[i], i) for i in indices], indices)
-        stage.blocks.load_state_dict(dict(SavedWeights(directory)), assign=True)
+        try:
+            stage.blocks.load_state_dict(dict(SavedWeights(directory)), assign=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the weights in {directory} do not fit its config ({error}): save the stage again"
+            ) from None
         return stage.eval()
 
 

@@ -77,10 +77,11 @@ def measure_hybrids(run: DistillRun, places: Places, data: PreparedData, stages:
 
 
 def read_hybrids(run: DistillRun, places: Places) -> HybridReport | None:
-    """What was measured; None if nothing was, or on other blocks."""
-    if not places.hybrids.is_file():
+    """What was measured; None if nothing was, or on other blocks, or the file is damaged."""
+    try:
+        content = json.loads(places.hybrids.read_text())
+    except (FileNotFoundError, ValueError):
         return None
-    content = json.loads(places.hybrids.read_text())
     if content.get("settings") != _settings(run):
         return None
     hybrids = {int(stage): value for stage, value in content["hybrids"].items()}

@@ -171,11 +171,14 @@ class Distillation:
     def _project(self) -> None:
         if not wants_projection(self._run, self._cut):
             return
-        width = self._cut.student.hidden_size
-        basis = projection_basis(self._run, width)
-        if not has_projection(self._places, basis):
+        if not self._has_projection():
+            width = self._cut.student.hidden_size
+            basis = projection_basis(self._run, width)
             data = prepare_run_data(self._runs.pair(0))
             write_projection(self._places, data, width, self._run.optimization.micro_batch_size, basis)
+
+    def _has_projection(self) -> bool:
+        return has_projection(self._places, projection_basis(self._run, self._cut.student.hidden_size))
 
     def _measure(self) -> None:
         report = read_hybrids(self._run, self._places)
@@ -220,6 +223,11 @@ class Distillation:
         self._open_teacher()
         if self._has_meta:
             self._check_meta_model(index)
+        if wants_projection(self._run, self._cut) and not self._has_projection():
+            raise ConfigError(
+                f"{self._places.projection} is missing, or of other data, another seed or width: run the same command "
+                "without --stage first, or copy the file from where it ran"
+            )
         return self._pair(index)
 
     def _check_meta_model(self, index: int) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from modmoe.data.tokenizer import existing_tokenizer
-from modmoe.distill.stages import cut, load_frame
+from modmoe.distill.stages import CutModel, cut, load_frame
 from modmoe.distill.student import check_same_tokenizer
 from modmoe.models import ModMoEConfig
 from modmoe.surgery.fingerprint import checkpoint_fingerprint, difference
@@ -55,11 +55,7 @@ def cut_teacher(run: DistillRun, places: Places) -> None:
             return
     tokenizer = _tokenizer(run)
     model = _load(run.teacher)
-    try:
-        section = run.distillation.stages
-        parts = cut(model, section.ranges or section.count, section.balance)
-    except ValueError as error:
-        raise ConfigError(f"distillation.stages: {error}") from None
+    parts = _cut(run, model)
     temporary = places.teacher.with_name(".teacher.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(places.teacher, run.output_dir):
@@ -112,25 +108,39 @@ def open_teacher(run: DistillRun, places: Places) -> CutTeacher:
             f"(max_position_embeddings): lower it to {longest}"
         )
     student = model_config(dict(run.model) | {"vocab_size": size}, tokenizer)
-    width = frame.config.hidden_size
-    if student.hidden_size > width and run.distillation.pairs.stitch == "projection":
-        raise ConfigError(
-            f"model.hidden_size={student.hidden_size} is more than the teacher's {width}: stitches of kind "
-            "'projection' lead to a narrower student only; lower it, or set distillation.pairs.stitch to 'linear'"
-        )
-    objective = run.distillation.pairs.objective
-    heads = objective.relation_heads
-    if objective.relation_weight and (student.hidden_size % heads or width % heads):
-        raise ConfigError(
-            f"distillation.pairs.objective.relation_heads={heads} must divide the widths of teacher and student, "
-            f"{width} and {student.hidden_size}"
-        )
-    return CutTeacher(parts_identity(_saved(places)["parts"]), student, width)
+    _check_widths(run, frame.config, student)
+    return CutTeacher(parts_identity(_saved(places)["parts"]), student, frame.config.hidden_size)
 
 
 def teacher_parameters(places: Places) -> int:
     """Of the whole teacher."""
     return int(_saved(places)["parameters"])
+
+
+def _check_widths(run: DistillRun, teacher: PreTrainedConfig, student: ModMoEConfig) -> None:
+    """
+    Raises:
+        ConfigError: if what is to be compared has no common width.
+    """
+    width, section = teacher.hidden_size, run.distillation.pairs
+    if student.hidden_size > width and section.stitch == "projection":
+        raise ConfigError(
+            f"model.hidden_size={student.hidden_size} is more than the teacher's {width}: stitches of kind "
+            "'projection' lead to a narrower student only; lower it, or set distillation.pairs.stitch to 'linear'"
+        )
+    heads = section.objective.relation_heads
+    if section.objective.relation_weight and (student.hidden_size % heads or width % heads):
+        raise ConfigError(
+            f"distillation.pairs.objective.relation_heads={heads} must divide the widths of teacher and student, "
+            f"{width} and {student.hidden_size}"
+        )
+    theirs, ours = ((c.num_hidden_layers, c.hidden_size) for c in (teacher, student))
+    last = run.end_to_end.teacher
+    if last is not None and last.hidden_weight and theirs != ours:
+        raise ConfigError(
+            f"finetuning.teacher.hidden_weight={last.hidden_weight} compares every block, and the teacher has "
+            f"{theirs[0]} of width {theirs[1]}, the student {ours[0]} of width {ours[1]}: set it to 0"
+        )
 
 
 def _tokenizer(run: DistillRun) -> PreTrainedTokenizerFast:
@@ -167,6 +177,33 @@ def _load(name: str) -> PreTrainedModel:
             "a block: choose another one"
         )
     return model.eval()
+
+
+def _cut(run: DistillRun, model: PreTrainedModel) -> CutModel:
+    """
+    Raises:
+        ConfigError: for stages that do not fit, or if the parts do not compute what the model does, as where blocks
+            are given inputs of their own.
+    """
+    section = run.distillation.stages
+    ids = {"input_ids": torch.arange(16).remainder(model.config.get_text_config().vocab_size).reshape(2, 8)}
+    try:
+        parts = cut(model, section.ranges or section.count, section.balance)
+        with torch.no_grad():
+            whole, joined = model(**ids).logits, parts(**ids).logits
+    except ValueError as error:
+        raise ConfigError(f"distillation.stages: {error}") from None
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"teacher: a {type(model).__name__} cannot be cut into stages ({error!r}): choose a model that is one "
+            "stack of blocks between embeddings and a head"
+        ) from None
+    if not torch.allclose(joined, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item()):
+        raise ConfigError(
+            f"teacher: the stages of this {type(model).__name__} do not compute what the model does, so its blocks "
+            "are more than one stack: choose another teacher"
+        )
+    return parts
 
 
 def _cut_settings(run: DistillRun) -> dict[str, Any]:

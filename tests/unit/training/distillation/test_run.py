@@ -1,5 +1,6 @@
 """A whole distillation at toy size: results, what stays as it is, resuming, one stage alone, several at a time."""
 
+import copy
 import hashlib
 import json
 import resource
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modmoe.distill.cache import SignalCache
 from modmoe.distill.meta import HybridReport
-from modmoe.distill.stages import CutModel, Stage
+from modmoe.distill.stages import CutModel, Stage, cut
 from modmoe.training.callbacks import Stop, read_metrics
 from modmoe.training.distillation import run as running
 from modmoe.training.distillation.places import Places
@@ -314,8 +315,15 @@ def test_a_projection_is_that_of_the_runs_text_and_seed(unfinished, make):
 
 
 def test_a_stage_needs_the_projection(unfinished, make):
+    with pytest.raises(ConfigError, match=r"projection.safetensors is missing, or of other data, another seed"):
+        distill(
+            make(unfinished, {"stage": 0, "seed": 7, "distillation.meta.method": "teacher", "distillation.meta": {}}),
+            SCRIPT,
+        )
     Places(unfinished).projection.unlink()
-    with pytest.raises(ConfigError, match=r"projection.safetensors is missing: run the same command without --stage"):
+    with pytest.raises(
+        ConfigError, match=r"projection.safetensors is missing.*: run the same command without --stage"
+    ):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
@@ -484,6 +492,10 @@ def test_a_full_disk_is_told(make, tmp_path):
             "distillation.initialization: ffn='copy' makes of the teacher's",
         ),
         (
+            {"finetuning.teacher": {"hidden_weight": 1.0}},
+            "hidden_weight=1.0 compares every block, .* 4 of width 16, .* 2 of",
+        ),
+        (
             {"distillation.pairs.objective": {"relation_weight": 1.0, "relation_heads": 3}},
             "relation_heads=3 must divide the widths of teacher and student, 16 and 8",
         ),
@@ -493,6 +505,24 @@ def test_what_does_not_fit_the_teacher_is_refused(make, tmp_path, changes, messa
     changes = {"distillation.meta.optimization": {"steps": 1}, **changes}
     with pytest.raises(ConfigError, match=message):
         distill(make(tmp_path / "out", changes), SCRIPT)
+
+
+def test_a_model_that_is_more_than_its_blocks_is_refused(make, tmp_path, monkeypatch):
+    """As if blocks were given inputs of their own: the parts compute something else."""
+
+    def cut_wrongly(model, *options):
+        parts = cut(copy.deepcopy(model), *options)
+        with torch.no_grad():
+            next(parts.stages[1].parameters()).mul_(2)
+        return parts
+
+    monkeypatch.setattr("modmoe.training.distillation.teacher.cut", cut_wrongly)
+    with pytest.raises(ConfigError, match="stages of this LlamaForCausalLM do not compute what the model does"):
+        distill(make(tmp_path / "wrong"), SCRIPT)
+    monkeypatch.setattr("modmoe.training.distillation.teacher.cut", lambda model, *_: model.config.no_such_field)
+    with pytest.raises(ConfigError, match="a LlamaForCausalLM cannot be cut into stages .AttributeError"):
+        distill(make(tmp_path / "foreign"), SCRIPT)
+    assert not (tmp_path / "foreign" / "teacher").exists()
 
 
 def test_another_tokenizer_is_refused(make, tmp_path, teacher, unfinished):
