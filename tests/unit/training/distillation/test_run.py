@@ -153,23 +153,30 @@ def test_parts_of_another_teacher_are_refused(unfinished, make):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
-def test_an_interrupted_stage_goes_on_where_it_stopped(unfinished, finished, make, monkeypatch):
-    run = make(unfinished, {"stage": 0})
+def interrupted(run, monkeypatch) -> int:
+    """The exit code of a run that is sent a signal before its first step."""
     agree = Stop._agree
 
-    def interrupted(stop: Stop) -> None:
+    def signalled(stop: Stop) -> None:
         stop._requested = 143
         agree(stop)
 
-    monkeypatch.setattr(Stop, "_agree", interrupted)
-    assert distill(run, SCRIPT) == 143
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "_agree", signalled)
+        code = distill(run, SCRIPT)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert not (Places(unfinished).pair_run(0) / "final").exists()
+    return code
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupted_stage_goes_on_where_it_stopped(unfinished, finished, make, monkeypatch, stage):
+    run = make(unfinished, {"stage": stage})
+    assert interrupted(run, monkeypatch) == 143
+    assert not (Places(unfinished).pair_run(stage) / "final").exists()
     assert distill(run, SCRIPT) == 0
-    assert_same(weights(unfinished, 0), weights(finished, 0))
-    steps = [r["step"] for r in read_metrics(Places(unfinished).pair_run(0) / "metrics.jsonl") if "loss" in r]
+    assert_same(weights(unfinished, stage), weights(finished, stage))
+    steps = [r["step"] for r in read_metrics(Places(unfinished).pair_run(stage) / "metrics.jsonl") if "loss" in r]
     assert steps == [1, 2, 3, 4]
 
 
@@ -327,7 +334,7 @@ def test_a_stage_needs_the_projection(unfinished, make):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
 
 
-def test_stages_are_taught_in_the_teacher_itself(make, tmp_path, finished):
+def test_stages_are_taught_in_the_teacher_itself(make, tmp_path, finished, monkeypatch):
     changes = {"distillation.meta": {}}
     assert distill(make(tmp_path / "out", changes), SCRIPT) == 0
     places = Places(tmp_path / "out")
@@ -336,10 +343,22 @@ def test_stages_are_taught_in_the_teacher_itself(make, tmp_path, finished):
     assert not weights(places.root, 1)["model.layers.0.mlp.experts.down_proj"].equal(
         weights(finished, 1)["model.layers.0.mlp.experts.down_proj"]
     )
-    # A stage alone needs nothing but the teacher that was cut.
-    shutil.copytree(places.teacher, tmp_path / "elsewhere" / "teacher")
-    assert distill(make(tmp_path / "elsewhere", changes | {"stage": 1, "teacher": "nowhere"}), SCRIPT) == 0
-    assert_same(weights(tmp_path / "elsewhere", 1), weights(places.root, 1))
+    # A stage alone needs nothing but the teacher that was cut, which stays as it is, also when it is interrupted.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(places.teacher, Places(elsewhere).teacher)
+    for stage in STAGES:
+        run = make(elsewhere, changes | {"stage": stage, "teacher": "nowhere"})
+        assert interrupted(run, monkeypatch) == 143
+        assert distill(run, SCRIPT) == 0
+        assert_same(weights(elsewhere, stage), weights(places.root, stage))
+    assert digests(Places(elsewhere).teacher) == digests(places.teacher)
+    # Copied back, what was trained there is not trained again.
+    shutil.rmtree(places.pair_run(1))
+    shutil.copytree(Places(elsewhere).pair_run(1), places.pair_run(1))
+    shutil.rmtree(places.finetuning_run)
+    before = digests(places.pair_run(1))
+    assert distill(make(places.root, changes), SCRIPT) == 0
+    assert digests(places.pair_run(1)) == before
 
 
 def test_incubated_stages_teach(make, tmp_path):
