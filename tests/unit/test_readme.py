@@ -10,7 +10,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_paths_exist():
     paths = set(re.findall(r"\b(?:configs|tools|train|docs|tests|modmoe)/[\w./-]*\w", README))
-    paths = {p for p in paths if not p.startswith("modmoe.")}
+    paths = {p for p in paths if not p.startswith("modmoe.")} - {"configs/train/my.yaml"}  # the reader's own
     assert paths
     assert not [p for p in sorted(paths) if not (ROOT / p).exists()]
 
