@@ -4,12 +4,14 @@ Does a model that learns a new domain forget the old ones?
 
     python experiments/extend.py
 
-Per seed a base model of Python and English learns C in three ways at equal tokens: by an extension (4 FFN and 2
-attention experts in each layer, all else frozen), by LoRA of as many parameters, and by full fine-tuning: from C
-alone, and from C and old domains, where the extension's routers may also be told which text they are for. Learning
-rates were chosen on another seed, each the best on C of two or three in short runs without the latter; that of the
-extension that is told, and how much the telling weighs, on seed 0 of five settings. So was the share of C, after 70 %
-had cost old domains more than 0.5 %.
+Per seed, a base model of Python and English learns C in three ways with equally many tokens: with an extension (4 FFN
+and 2 attention experts in each layer, all else frozen), with LoRA of as many parameters, and with full fine-tuning. It
+learns from C only, or from C and the old domains. With the old domains, the extension is also trained with
+`domain_loss`, which teaches its routers which text they are for.
+
+Learning rates were chosen on another seed, each as the best on C of two or three in short runs without `domain_loss`.
+With `domain_loss`, the extension's learning rate and the coefficient of the loss were chosen on seed 0 among five
+settings. So was the share of C, after 70 % had cost the old domains more than 0.5 %.
 
 Writes docs/results/extend; what a seed's file there holds already is not measured again.
 """

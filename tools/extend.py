@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Add experts to a trained model, for knowledge that it shall have without losing any.
+"""Add experts to a trained model so that it can learn something new without forgetting.
 
     python tools/extend.py --model DIR --experts 4 --attn-experts 2 --name c --out EXTENDED
 

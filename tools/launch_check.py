@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Test a cluster before the money burns: start this as the training would be started.
+"""Check a cluster before a long run. Launch it exactly as you would launch the training.
 
     deepspeed [-H HOSTS ...] tools/launch_check.py --expect-world 16 --config configs/train/my.yaml
     torchrun --nproc-per-node 8 tools/launch_check.py --dir /shared/runs
 
-It checks that all ranks arrive, that there are as many as meant, that they have the same software, code, configuration
-and GPUs, that collectives give the right numbers (and how fast), that clocks agree, and that the directories of the
-run are shared, atomic and large enough. One sentence for each problem, with the remedy. Exit codes: 0 all is well,
-1 there are problems, 2 mistake in the arguments or the configuration.
+It checks that all ranks arrive, that their number is the intended one, that they have the same software, code,
+configuration and GPUs, that collectives give the right numbers (and how fast), that clocks agree, and that the
+directories of the run are shared, atomic and large enough. It prints one sentence for each problem, with the remedy.
+Exit codes: 0 no problems, 1 problems, 2 a mistake in the arguments or the configuration.
 
 With --config, keys can be changed as for train/pretrain.py: --output_dir /shared/runs/mine.
 """

@@ -7,7 +7,7 @@
     python tools/pack.py merge --model EXTENDED --name c --out DIR
     python tools/pack.py list --model DIR
 
-A pack holds one extension and applies to the very model it was made for, to which removing it leads back, bit for bit.
+A pack holds one extension and fits only the model it was made for. Removing it restores that model bit for bit.
 Several packs of one base make one model; each was trained without the others, so try what they do together. "merge"
 makes the experts of a "common" extension ordinary ones, for good.
 """

@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--denominator",
         choices=("keep", "drop"),
         default="drop",
-        help="drop the router rows of experts that go, or keep them in the softmax alone [drop]",
+        help="drop the router rows of removed experts, or keep the rows only in the softmax [drop]",
     )
     parser.add_argument("--domain", metavar="NAME", help="of the report; all together if not given")
     parser.add_argument("--sides", type=sides, default=(), metavar="attn,ffn", help="where experts may go [all]")

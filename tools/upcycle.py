@@ -5,8 +5,9 @@
     python tools/upcycle.py --dense DIR --method copy --experts 8 --top-k 2 --reinit 0.5 --out DIR
 
 Dense models are those of modmoe.models.dense: Llama, Mistral, Qwen2, Qwen3, GPT-2, and dense ones of our own.
-"cluster" shares out the neurons of each network: with all experts active the model equals its parent, with fewer it is
-cheaper and approximate. "copy" repeats each network: the model is larger, and equals its parent for any top-k.
+"cluster" divides the neurons of each network among the experts: with all experts active the model equals its parent,
+with fewer it is cheaper and approximate. "copy" repeats each network: the model is larger, and equals its parent for
+any top-k.
 """
 
 import argparse

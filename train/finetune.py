@@ -3,10 +3,10 @@ Fine-tune a modular language model: all of it, its experts, its routers, an exte
 
     deepspeed train/finetune.py --config configs/train/finetune.yaml --init DIR --output_dir OUT [--KEY VALUE ...]
 
-Everything that train/pretrain.py does works here too: resuming, DeepSpeed, expert parallelism, exit codes. The section
-`finetuning` says what is trained, how the routers' loss sets in, who teaches, and which experts are removed on the
-way. OUT/final is a plain Hugging Face directory; after LoRA the adapters are merged into it and lie in
-OUT/final/adapter.
+Everything that train/pretrain.py supports works here too: resuming, DeepSpeed, expert parallelism, exit codes. The
+section `finetuning` sets what is trained, the schedule of the router loss, the teacher, and which experts are removed
+during training. OUT/final is a plain Hugging Face directory; after LoRA training the adapters are merged into it, and
+are also saved in OUT/final/adapter.
 """
 
 import sys

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation"]
 Span = tuple[int, int]
-"""Characters of a text, from the first to the one behind the last."""
+"""Characters of a text, from the first to the one after the last."""
 
 # A validation split holds at least this much text, or this share of the corpus where that is less: evaluation
 # on two or three documents says nothing.

@@ -12,7 +12,7 @@ from .tokenizer import DocumentEncoder
 class MarkedEncoder(DocumentEncoder):
     """Turns documents into token ids with marks (`packing.LEARNED`, `packing.FIRST`).
 
-    Parts are encoded one by one: a prompt has the very tokens that it has when a model is asked, and no token belongs
+    Parts are encoded one by one: a prompt has exactly the tokens that it has at inference, and no token belongs
     to both sides. An end-of-sequence token to be predicted is added, unless the last learned part has one.
 
     Args:

@@ -64,7 +64,7 @@ class SignalCache:
             raise ValueError(
                 f"the cache in {self.directory} holds {len(self)} examples in {self._bytes:,} bytes; {rows} more need "
                 f"{size:,}, and max_bytes={self.max_bytes:,}: raise it, lower top_k, keep fewer boundaries, or take "
-                "the teacher's signals on line"
+                "the teacher's signals online"
             )
         path = self._path(len(self._ends))
         temporary = path.with_suffix(".tmp")

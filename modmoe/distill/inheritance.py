@@ -1,8 +1,8 @@
 """Blocks of the student that start with the weights of the dense teacher's blocks.
 
 A student of the teacher's width takes weights as they are. A narrower one sees hidden states through the projection P
-of its stitches (see `stitch`). Behind an RMSNorm with weight g a matrix W reads W (g * h) sqrt(Ht) / ||h||; for
-h = P x that is W diag(g) P sqrt(Ht / Hs) behind a norm of the student's width without weight. What a block adds to the
+of its stitches (see `stitch`). After an RMSNorm with weight g a matrix W reads W (g * h) sqrt(Ht) / ||h||; for
+h = P x that is W diag(g) P sqrt(Ht / Hs) after a norm of the student's width without weight. What a block adds to the
 hidden states comes back through P^T. Through a LayerNorm, which subtracts a mean over the teacher's width, no such
 matrix leads.
 
@@ -44,7 +44,7 @@ class Inheritance:
     What a student's block takes from the teacher's.
 
     Args:
-        ffn: "copy" makes every FFN expert the teacher's FFN, "cluster" shares its neurons out to the experts (see
+        ffn: "copy" makes every FFN expert the teacher's FFN, "cluster" divides its neurons among the experts (see
             `modmoe.surgery.upcycle_ffn`), "fresh" takes nothing.
         attention: "teacher" gives every expert the projections of all of the teacher's heads, where attention types
             and shapes allow; "fresh" takes nothing.

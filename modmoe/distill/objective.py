@@ -2,10 +2,9 @@
 
     loss = (1 - a) * CE(labels) + a * tau^2 * KL(teacher || student)  [+ hidden states, + relations]
 
-CE and KL are means over valid tokens: real ones whose next token is real and has a label; of a classifier, over
-images that have one. The KL is a sum over the
-vocabulary, at temperature tau, in fp32 (arXiv:1503.02531, arXiv:2402.16918). So neither depends on padding, on how
-tokens are cut into batches, or on vocabulary that nobody uses.
+CE and KL are means over valid tokens (real tokens whose next token is real and labelled), or over labelled images. The
+KL is a sum over the vocabulary, at temperature tau, in fp32 (arXiv:1503.02531, arXiv:2402.16918). Neither depends on
+padding, on how tokens are split into batches, or on unused vocabulary.
 
 From a `TopK` the KL is that of distributions over its k tokens and "any other":
 

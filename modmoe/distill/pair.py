@@ -28,7 +28,7 @@ class StagePair(nn.Module):
         teacher net:  meta[<i] -> T_i -> meta[>i]                       no gradient
         student net:  meta[<i] -> stitch -> S_i -> stitch -> meta[>i]   gradient through the frozen tail into S_i
 
-    A local pair ends behind T_i and S_i, where it compares hidden states alone (arXiv:1412.6550): no tail, no head.
+    A local pair ends after T_i and S_i, where it compares only hidden states (arXiv:1412.6550): no tail, no head.
 
     The first student stage begins with its own embedding, the last ends with its own head. Parameters that need a
     gradient, and everything in `state_dict()`, are those of the student's stage and its stitches.
@@ -132,7 +132,7 @@ class StagePair(nn.Module):
             tail: whether to go on through the meta model to logits.
 
         Returns:
-            output of the stage, and the hidden states (B, T, teacher width) behind its stitch; those of the stage
+            output of the stage, and the hidden states (B, T, teacher width) after its stitch; those of the stage
             itself in the last one, which has no stitch.
         """
         entering = None if self.spec.is_first else self.stitch_in(before)

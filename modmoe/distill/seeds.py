@@ -15,7 +15,7 @@ def stage_seed(seed: int, purpose: str, stage: int) -> int:
 
 @contextlib.contextmanager
 def stage_random_state(seed: int, purpose: str, stage: int) -> Iterator[None]:
-    """PyTorch's random state of a stage inside, and outside as it was before."""
+    """Seed PyTorch's random state for a stage inside the block, and restore the previous state after it."""
     with torch.random.fork_rng():
         torch.manual_seed(stage_seed(seed, purpose, stage))
         yield

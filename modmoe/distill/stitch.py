@@ -3,7 +3,7 @@
 Two kinds. "linear" is m2mKD's (arXiv:2402.16918): a norm and a linear map, trained with the stage; every pair learns
 its own, and in the assembled student they are dropped. They cannot be folded into the neighbours: a pre-norm block
 adds to its input, so that a matrix M between two blocks would have to pass through the sum x + f(norm(x)), and through
-the norm of every block behind it. That is exact for orthogonal M and plain RMSNorm only (arXiv:2401.15024), and the
+the norm of every block after it. That is exact for orthogonal M and plain RMSNorm only (arXiv:2401.15024), and the
 product of two learned maps is not orthogonal.
 
 "projection" makes dropping exact instead. One matrix P (teacher width x student width) with orthonormal columns

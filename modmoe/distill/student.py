@@ -277,7 +277,7 @@ def initialize_ends(student: StudentStage, frame: Frame, projection: torch.Tenso
     Give the first stage the teacher's embedding, and the last one its final norm and head, where shapes allow.
 
     Through a projection P (see `stitch`) the embedding is E P. A head after an RMSNorm with weight g reads
-    W (g * h) sqrt(Ht) / ||h||; for h = P x that is W diag(g) P sqrt(Ht / Hs) behind a norm of the student's width
+    W (g * h) sqrt(Ht) / ||h||; for h = P x that is W diag(g) P sqrt(Ht / Hs) after a norm of the student's width
     without weight. Through a LayerNorm no head is exact, so it stays fresh. Of an image model the embedding is that of
     patches, the class token and the positions.
 

@@ -14,7 +14,7 @@ def decline(routing: RouterOutput) -> RouterOutput:
     """
     Turn what a router over [null, new experts] has chosen into choices of new experts.
 
-    Experts that come behind null are not used: a token may decline all of them, whatever K. Gates stay shares of the
+    Experts that rank below null are not used: a token may decline all of them, whatever K. Gates stay shares of the
     softmax that null has a share of; what null is given, the experts lack.
 
     Args:

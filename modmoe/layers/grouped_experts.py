@@ -24,7 +24,7 @@ def modmoe_experts_forward(self: Experts, hidden_states: Tensor, top_k_index: Te
 
     Args:
         self: experts with `gate_up_proj` or `up_proj`, and `down_proj`; whether these are transposed, have biases or a
-            norm behind them is told by the attributes that `use_experts_implementation` sets.
+            norm after them follows from the attributes that `use_experts_implementation` sets.
         hidden_states: (N, H).
         top_k_index: (N, K) integer expert ids; E for a slot without an expert.
         top_k_weights: (N, K) gates, 0 for a slot without an expert.
@@ -63,7 +63,7 @@ def activate(experts: Experts, rows: Tensor, plan: DispatchPlan, top_k_index: Te
 
 
 def finish(experts: Experts, rows: Tensor, plan: DispatchPlan, top_k_index: Tensor) -> Tensor:
-    """Sorted rows (S, H) of the second projection -> (S, H): its bias and the norm behind it, if any."""
+    """Sorted rows (S, H) of the second projection -> (S, H): its bias and the norm after it, if any."""
     if experts.has_bias:
         rows = rows + _sorted_bias(experts.down_proj_bias, plan, top_k_index)
     return experts.post_expert_norm(rows) if experts.has_post_expert_norm else rows

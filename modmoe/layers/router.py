@@ -18,8 +18,8 @@ class RouterOutput(NamedTuple):
     """What a router decided; plain tensors, so that nothing is kept on the module between calls."""
 
     logits: torch.Tensor
-    """(N, E) fp32: before the softmax. Those of pruned experts are left out: who cannot be chosen is neither balanced
-    nor counted."""
+    """(N, E) fp32: before the softmax. Without those of pruned experts, which cannot be chosen and are therefore
+    neither balanced nor counted."""
     top_k_weights: torch.Tensor
     """(N, K) fp32: gates of the chosen experts; 0 for tokens that are not routed."""
     top_k_index: torch.Tensor
@@ -75,7 +75,7 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def _rows(self, more_rows: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """`weight` with more rows behind its own."""
+        """`weight` with more rows after its own."""
         return (torch.cat([self.weight, *more_rows]) if more_rows else self.weight).to(dtype)
 
     def forward(
@@ -89,7 +89,7 @@ class Router(nn.Module):
         Args:
             hidden_states: (N, H).
             token_mask: (N,) bool; False tokens are not routed. All are if None.
-            more_rows: of experts that were added, behind those of `weight`; they count in E here.
+            more_rows: of experts that were added, after those of `weight`; they count in E here.
             context: (N, C) of the tokens' documents, for a router that reads it.
         """
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
@@ -115,7 +115,7 @@ class Router(nn.Module):
         return RouterOutput(logits.index_select(1, expert_rows), gates, index)
 
     def _expert_rows(self, own: torch.Tensor, num_added: int) -> torch.Tensor:
-        """(E,): the row of each expert, those of added ones behind all others."""
+        """(E,): the row of each expert, those of added ones after all others."""
         rows = self.num_experts + self.num_pruned
         return torch.cat([own, torch.arange(rows, rows + num_added, device=own.device)])
 

@@ -2,9 +2,8 @@
 
     L = - sum_n [y_n log(1 - p_n) + (1 - y_n) log p_n]      p_n: share of the null choice; y_n: the text is theirs
 
-The cross entropy teaches a router with a null choice to decline only where its experts do harm. Told what they are
-for, it keeps them out of all other text. LoRAMoE (arXiv:2312.09979) divides experts by kind of data for the same
-end.
+The cross entropy teaches a router with a null choice to decline only where its experts do harm. This loss teaches it
+to keep them out of all other text. LoRAMoE (arXiv:2312.09979) divides experts by kind of data for the same purpose.
 """
 
 import torch

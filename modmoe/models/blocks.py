@@ -106,7 +106,7 @@ def _choices(index: torch.Tensor, gate: Router, added: list[AddedExperts]) -> li
     """Choices (N, K) of the model's own experts and of added ones, each counted in its pool; its size for none."""
     if not added:
         return [index]
-    # Of a pool whose experts are shared out over processes, the module holds only some.
+    # Of a pool whose experts are distributed over processes, the module holds only some.
     sizes = [gate.num_experts, *(len(part.gate.weight) for part in added)]
     return [own_choices(index, sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 

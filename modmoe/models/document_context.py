@@ -16,7 +16,7 @@ from modmoe.layers.stickbreaking import StickbreakingMask
 from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.context import AttentionInputs
 
-_EPSILON = 1e-12  # of mean squares: the mean over a long document is small, and shall not be taken for nothing
+_EPSILON = 1e-12  # of mean squares: the mean over a long document is small, and must not be taken for zero
 
 
 class DocumentContext(nn.Module):

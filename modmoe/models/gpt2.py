@@ -1,6 +1,6 @@
 """Dense GPT-2 models as points of the modular configuration: learned positions, biases, an FFN without a gate.
 
-One attention expert, one FFN expert, no router. `modmoe.models.dense` is the door to it.
+One attention expert, one FFN expert, no router. `modmoe.models.dense` is the entry point.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Dense Llama, Mistral, Qwen2 and Qwen3 models as points of the modular configuration.
 
-One attention expert, one FFN expert, no router. `modmoe.models.dense` is the door to it.
+One attention expert, one FFN expert, no router. `modmoe.models.dense` is the entry point.
 """
 
 from typing import Any

@@ -78,10 +78,10 @@ class StrictPreTrainedModel(PreTrainedModel):
 @torch.no_grad()
 def _align(model: PreTrainedModel) -> None:
     """
-    Weights that lie crookedly in their file get memory of their own.
+    Copy weights that are not aligned in memory.
 
-    Weights on the CPU are a view of the file, and matrix products of MKL sum in another order where a matrix does not
-    begin at a multiple of 16 bytes: the same weights would give other logits from a file with other tensors in it.
+    Weights on the CPU are a view of the file, and MKL's matrix products sum in another order if a matrix does not
+    begin at a multiple of 16 bytes: the same weights would give other logits from a file that also has other tensors.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:

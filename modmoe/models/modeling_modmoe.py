@@ -265,7 +265,7 @@ def _present(tensors: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _at_least_one(count: torch.Tensor | int) -> torch.Tensor | int:
-    """A denominator: of a step without tokens the sum is 0, and so shall the mean be."""
+    """A denominator: of a step without tokens the sum is 0, and so must be the mean."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
@@ -280,8 +280,9 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         """
         Sums over this forward's tokens: FFN routers, attention routers, extensions; None if there is no router.
 
-        The null choice of an extension is no expert, and a token that makes it counts for no expert: losses share out
-        among the new experts what comes to them, and leave it to the cross entropy how much that is.
+        The null choice of an extension is not an expert, and a token that makes it counts for no expert: losses
+        balance the tokens that use the extension among its experts, and leave it to the cross entropy how many these
+        are.
         """
         logits = (*(outputs.router_logits or ()), *(outputs.attn_router_logits or ()))
         if not logits:

@@ -1,4 +1,4 @@
-"""Image models: a patch embedding before the same blocks, and a classifier behind them (V-MoE, arXiv:2106.05974).
+"""Image models: a patch embedding before the same blocks, and a classifier after them (V-MoE, arXiv:2106.05974).
 
 Letters: B batch, C channels, P patches, T = 1 + P tokens, H hidden size.
 """

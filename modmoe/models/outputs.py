@@ -21,7 +21,7 @@ class ModMoEModelOutputWithPast(MoeModelOutputWithPast):
         extension_router_logits: of each extension with routers of its own, by name, (N, 1 + E) fp32: its FFN routers,
             then its attention routers, layer by layer. The null choice is the first.
         extension_router_indices: their choices, (N, K) int64; E for a slot that has no expert. "common" extensions
-            are behind the model's own experts in the tensors above.
+            come after the model's own experts in the tensors above.
     """
 
     attn_router_logits: tuple[torch.Tensor, ...] | None = None

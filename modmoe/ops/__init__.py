@@ -1,7 +1,7 @@
-"""The only door to kernels: stick-breaking attention, routing and grouped linear maps as plain torch ops.
+"""The only entry point to kernels: stick-breaking attention, routing and grouped linear maps as plain torch ops.
 
 Each op has a slow reference, a fast implementation in PyTorch, a fake (shape) function and gradients, and can be
-taken from here into any other PyTorch model. Nothing here knows transformers.
+taken from here into any other PyTorch model. Nothing here depends on transformers.
 """
 
 from .backend import BACKENDS, use_backend

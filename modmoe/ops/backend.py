@@ -3,9 +3,9 @@
 The first of these that is set wins: the op's ``backend`` argument, the innermost ``use_backend`` context,
 the environment variable ``MODMOE_BACKEND``, and else ``auto``.
 
-The choice takes two steps, because what can run is only known when the op runs and not when it is traced: the door of
-an op asks `requested_backend` which name is wished, and its implementation asks `choose_backend` what that means for
-the tensors at hand.
+The choice takes two steps, because what can run is known only when the op runs, not when it is traced: the entry point
+of an op asks `requested_backend` which name was requested, and its implementation asks `choose_backend` which backend
+that means for the given tensors.
 """
 
 import functools
@@ -54,7 +54,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested_backend(op: str, explicit: str | None, known: tuple[str, ...]) -> str:
-    """Return the name under which `op` shall run, one of `known` or ``auto``.
+    """Return the name under which `op` is to run, one of `known` or ``auto``.
 
     Args:
         op: name of the op, for messages.
@@ -114,14 +114,14 @@ _AUTOCAST_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "hpu", "mps") if
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which an op that takes `x` shall compute: autocast's where it is on, else its own."""
+    """Return the dtype in which an op that takes `x` must compute: autocast's where it is on, else its own."""
     device = x.device.type
     on = device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn autocast off inside `function`: dtypes were settled at the op's door. The first argument is a tensor."""
+    """Turn autocast off inside `function`: dtypes were settled at the op's entry. The first argument is a tensor."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

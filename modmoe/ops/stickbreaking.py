@@ -1,4 +1,4 @@
-"""Stick-breaking attention: the door to its implementations.
+"""Stick-breaking attention: the entry point to its implementations.
 
     A_ij  = sigmoid(z_ij) prod_{j<l<=i} (1 - sigmoid(z_il))
     out_i = sum_j A_ij v_j,   rem_i = prod_{l<=i} (1 - sigmoid(z_il))

@@ -32,7 +32,7 @@ def parallelize(model: ModMoEPreTrainedModel, topology: Topology, *, chunks: int
         chunks: parts of a batch whose transfers overlap with the expert computation of others.
 
     Raises:
-        ValueError: if a pool's experts cannot be shared out evenly; names the layer.
+        ValueError: if a pool's experts cannot be distributed evenly; names the layer.
     """
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")

@@ -27,7 +27,7 @@ def fresh_model(config: ModMoEConfig, topology: Topology | None = None, *, chunk
         topology, chunks: as for `parallelize`; without a topology the model is whole.
 
     Raises:
-        ValueError: if a pool's experts cannot be shared out evenly.
+        ValueError: if a pool's experts cannot be distributed evenly.
     """
     model = _on_meta(config, topology)
     pools = {module for _, experts in model.routed_pools() for module in experts.modules()}
@@ -57,7 +57,7 @@ def saved_model(directory: Path, config: ModMoEConfig, topology: Topology, *, ch
         topology, chunks: as for `parallelize`.
 
     Raises:
-        ValueError: if a pool's experts cannot be shared out evenly, or weights are missing, of other shapes, or have
+        ValueError: if a pool's experts cannot be distributed evenly, or weights are missing, of other shapes, or have
             no place in the model.
     """
     model = _on_meta(config, topology)

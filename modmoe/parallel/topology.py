@@ -1,4 +1,4 @@
-"""Which processes share out the experts, and which of them are on one node."""
+"""Which processes hold parts of the experts, and which of them are on one node."""
 
 from dataclasses import dataclass
 

@@ -32,7 +32,7 @@ def balanced_kmeans(
     """
     total = len(points)
     if num_clusters < 1 or total % num_clusters:
-        raise ValueError(f"{total} points cannot be shared out evenly to {num_clusters} clusters: choose a divisor")
+        raise ValueError(f"{total} points cannot be divided evenly among {num_clusters} clusters: choose a divisor")
     clusters = torch.randperm(total, generator=generator).to(points.device).view(num_clusters, -1)
     centroids = points[clusters[:, 0]]
     for _ in range(iterations):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Specialisation:
-    """How the experts of one router are shared out among domains; float64."""
+    """How the experts of one router are distributed among domains; float64."""
 
     domain_shares: Tensor
     """(D, E): p(d|m), of an expert's tokens the share from each domain; 0 for an expert without tokens."""

@@ -79,7 +79,7 @@ class Base(NamedTuple):
         return f"{config[:8]}-{self.weights[:12]}"
 
     def difference(self, other: Self) -> str | None:
-        """What `other` has else, in words; None if nothing."""
+        """How `other` differs, in words; None if it does not."""
         fields = [name for name in {**self.config, **other.config} if self.config.get(name) != other.config.get(name)]
         if fields:
             name = fields[0]
@@ -201,7 +201,7 @@ def create_pack(directory: Path, name: str, out: Path) -> Pack:
 
 def apply_packs(directory: Path, packs: Sequence[Path], out: Path) -> list[Pack]:
     """
-    Write a model with the extensions of some packs, in their order, behind those it has.
+    Write a model with the extensions of some packs, in their order, after those it has.
 
     Args:
         directory: the base of the packs, perhaps with other extensions; not modified.
@@ -255,7 +255,7 @@ def remove_extension(directory: Path, name: str, out: Path) -> None:
 
 def merge_common(directory: Path, name: str, out: Path) -> None:
     """
-    Write a model in which the experts of a "common" extension are ordinary ones, behind the old ones.
+    Write a model in which the experts of a "common" extension are ordinary ones, after the old ones.
 
     The function stays the same up to rounding. The extension cannot be told apart afterwards: it has no pack and is
     not removed.
@@ -278,7 +278,7 @@ def merge_common(directory: Path, name: str, out: Path) -> None:
         )
     first = next(other.name for other in model.config.extension_list() if other.mode == "common")
     if first != name:
-        raise ValueError(f"extension {name!r} comes behind {first!r}: merge {first!r} first")
+        raise ValueError(f"extension {name!r} comes after {first!r}: merge {first!r} first")
     fields = _fields_without(model, name)
     for field, added in (("num_experts", extension.num_experts), ("num_attn_experts", extension.num_attn_experts)):
         counts = getattr(model.config, field)
@@ -291,7 +291,7 @@ def merge_common(directory: Path, name: str, out: Path) -> None:
         rows, added = specs[old].shape[0], model.specs[new].shape[0]
         specs[old] = TensorSpec(specs[old].dtype, (rows + added, *specs[old].shape[1:]))
         own_rows = old.removesuffix("weight") + "expert_rows"
-        if own_rows in specs:  # some experts were pruned, and the new ones come behind the rows that they left
+        if own_rows in specs:  # some experts were pruned, and the new ones come after the rows that they left
             numbered[own_rows] = torch.arange(rows, rows + added)
             specs[own_rows] = TensorSpec(specs[own_rows].dtype, (specs[own_rows].shape[0] + added,))
 

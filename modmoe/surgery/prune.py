@@ -221,7 +221,7 @@ class Pruning:
             if not self.is_empty:
                 self._write_weights(written, max_shard_bytes)
                 return
-            # The very files: weights are used where they lie in a file, and on a CPU the last bit of a product can
+            # The same files: weights are used where they lie in a file, and on a CPU the last bit of a product can
             # depend on the address.
             for file in [*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")]:
                 shutil.copyfile(file, written / file.name)

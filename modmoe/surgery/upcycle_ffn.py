@@ -50,7 +50,7 @@ def upcycle_ffn(
         weights: of a dense `GatedFFN` or `PlainFFN`, as in its `state_dict()`: (1, ...).
         method: "copy" or "cluster".
         num_experts: E; a divisor of I for "cluster".
-        top_k: experts that a token will use; "cluster" shares the FFN's output bias out to so many.
+        top_k: experts that a token will use; "cluster" divides the FFN's output bias among so many.
         reinit: share of neurons, 0 to 1, for "copy" alone.
         input_scale: (H,) typical size of the FFN's inputs, such as the weight of the norm before it; the router's
             logits then have a standard deviation near 1. Ones if None.

@@ -78,7 +78,8 @@ def _load(report: UsageReport, side: str) -> Picture:
     figure.suptitle(title, fontsize=11)
     caption = (
         "Share of the (token, expert) pairs that each expert gets, relative to an even share: white is even, red is "
-        f"more, blue less. Grey with a cross: dead, below {report.dead_below:g} of an even share; without: no expert."
+        f"more, blue less. Grey with a cross: dead (below {report.dead_below:g} of an even share); grey without one: "
+        "no expert."
     )
     return Picture(f"load_{side}.png", title, caption, _png(figure))
 

@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     Trainable parameters by weight decay, which matrices have, and norms, biases and other vectors have not.
 
-    Experts that are shared out over processes have groups of their own, with the keys by which DeepSpeed knows them.
+    Experts that are distributed over processes have separate groups, with the keys by which DeepSpeed recognises them.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Under ZeRO-3 a parameter is a flat shard, and ds_shape its true shape.

@@ -33,10 +33,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML reads yes, no, on and off as truth values, and pydantic those as the numbers 1 and 0.
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads yes, no, on and off as booleans, and pydantic reads booleans as the numbers 1 and 0.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError(f"must not be a truth value, got {value} (put a word such as 'no' in quotes)")
+            raise ValueError(f"must not be a boolean, got {value} (quote words such as 'no')")
         return value
 
 
@@ -135,7 +135,7 @@ class CheckpointConfig(Section):
 
 
 class HealthConfig(Section):
-    """When a run reports trouble, and when it gives up."""
+    """When a run reports a problem, and when it gives up."""
 
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row without a finite loss and gradient after which the run ends; such steps change no weight."""
@@ -151,7 +151,8 @@ class RunConfig(Section):
     """Everything that one training run depends on."""
 
     model: dict[str, Any] = Field(default_factory=dict)
-    """Fields of `ModMoEConfig`; `preset: FILE` reads them from a YAML file first. With `init` empty means as saved."""
+    """Fields of `ModMoEConfig`; `preset: FILE` reads them from a YAML file first. Leave empty with `init` to use the
+    saved config."""
     data: DataConfig
     """The text."""
     tokenizer: TokenizerConfig
@@ -161,7 +162,7 @@ class RunConfig(Section):
     deepspeed: dict[str, Any] | None = None
     """A DeepSpeed configuration, or the path of a JSON file with one; none: plain PyTorch."""
     expert_parallel_size: int = Field(default=1, ge=1)
-    """Processes that share out the experts of each layer, neighbouring ranks; needs `deepspeed`."""
+    """Neighbouring ranks over which the experts of each layer are distributed; needs `deepspeed`."""
     expert_parallel_chunks: int = Field(default=1, ge=1)
     """Parts of a micro-batch whose transfers overlap with expert computation; 1 does not overlap."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -171,7 +172,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
     health: HealthConfig = HealthConfig()
-    """Trouble."""
+    """Health checks."""
     output_dir: UserPath
     """Where everything is written, relative to the working directory."""
     init: UserPath | None = None

@@ -417,7 +417,7 @@ class ModMoETrainer(Trainer):
         if resume_from_checkpoint is not None:
             first = step_of(Path(resume_from_checkpoint))
             self.clock.seconds = read_manifest(Path(resume_from_checkpoint))["seconds"]
-            self.args.eval_on_start = False  # it was
+            self.args.eval_on_start = False  # an earlier launch has done it
         self._window_start = (first, time.perf_counter())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -604,6 +604,6 @@ def gradient_norm(parameters: list[nn.Parameter], group: dist.ProcessGroup | Non
 
 
 def _num_tokens(batch: Batch) -> torch.Tensor:
-    """(): routed tokens, which is all but padding."""
+    """(): routed tokens: all tokens of a packed batch, otherwise all but padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return ids.new_full((), ids.numel()) if mask is None else mask.sum()

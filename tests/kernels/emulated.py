@@ -1,4 +1,4 @@
-"""Builds kernels for the emulator, and says how it shall run them."""
+"""Builds kernels for the emulator, and says how it is to run them."""
 
 import ctypes
 import os
@@ -48,7 +48,7 @@ class Emulator:
 
         Args:
             schedule: 0 or 1: threads run in order or in reverse; else the seed of a random order.
-            deleted_barrier: "file:line" of a barrier that shall do nothing.
+            deleted_barrier: "file:line" of a barrier that is to do nothing.
             races_allowed: look for everything but races.
         """
         self.library.emulator_reset(ctypes.c_uint(schedule), deleted_barrier.encode(), races_allowed)

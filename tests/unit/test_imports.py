@@ -10,25 +10,24 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "modmoe"
 
-# Each room may import itself and the rooms named here (docs/design.md).
+# Each subpackage may import itself and the subpackages named here (docs/design.md).
 ALLOWED = {
-    "utils": set(),
-    "ops": {"utils"},
-    "losses": {"utils"},
-    "layers": {"utils", "ops"},
-    "models": {"utils", "ops", "layers", "losses"},
-    "data": {"utils"},
+    "ops": set(),
+    "losses": set(),
+    "layers": {"ops"},
+    "models": {"ops", "layers", "losses"},
+    "data": set(),
     # "" is the package itself, whose import registers the model types.
-    "parallel": {"utils", "ops", "layers", "models"},
-    "surgery": {"utils", "ops", "layers", "losses", "models", "data", ""},
-    "distill": {"utils", "ops", "layers", "losses", "models", "surgery", ""},
-    "training": {"utils", "ops", "layers", "losses", "models", "data", "parallel", "surgery", "distill", ""},
+    "parallel": {"ops", "layers", "models"},
+    "surgery": {"ops", "layers", "losses", "models", "data", ""},
+    "distill": {"ops", "layers", "losses", "models", "surgery", ""},
+    "training": {"ops", "layers", "losses", "models", "data", "parallel", "surgery", "distill", ""},
 }
-# Third-party packages that rooms are held to; rooms that are not named are free.
+# Third-party packages that a subpackage is limited to; subpackages that are not named are free.
 ONLY = {"ops": {"torch"}, "losses": {"torch"}, "layers": {"torch", "transformers"}}
-# Optional stacks, each imported by the files that are named after it alone.
+# Optional stacks, each imported only by the files that are named after it.
 OPTIONAL = {"triton": "_triton"}
-OUTSIDERS = {"train", "tools", "tests", "experiments"}
+OUTSIDERS = {"train", "tools", "examples", "experiments", "tests"}
 
 
 def imports(path: Path) -> list[str]:
@@ -50,16 +49,16 @@ def files() -> list[Path]:
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_direction(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    assert room in ALLOWED, f"{room} is a new room: say in ALLOWED what it may import"
+    own = path.relative_to(PACKAGE).parts[0]
+    assert own in ALLOWED, f"{own} is a new subpackage: say in ALLOWED what it may import"
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "modmoe":
             target = parts[1] if len(parts) > 1 else ""
-            assert target == room or target in ALLOWED[room], f"{path} imports {name}"
-        elif room in ONLY and parts[0] not in sys.stdlib_module_names:
-            owned = parts[0] in OPTIONAL and OPTIONAL[parts[0]] in path.stem
-            assert owned or parts[0] in ONLY[room], f"{path} imports {name}"
+            assert target == own or target in ALLOWED[own], f"{path} imports {name}"
+        elif own in ONLY and parts[0] not in sys.stdlib_module_names:
+            optional = parts[0] in OPTIONAL and OPTIONAL[parts[0]] in path.stem
+            assert optional or parts[0] in ONLY[own], f"{path} imports {name}"
         assert parts[0] not in OUTSIDERS, f"{path} imports {name}"
 
 

@@ -21,8 +21,8 @@ def test_file_tree_is_complete():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     folders = {f.split("/")[0] for f in tracked if "/" in f and not f.startswith(".")}
     assert folders <= named
-    rooms = {p.parent.name for p in (ROOT / "modmoe").glob("*/__init__.py")}
-    assert rooms == {line.strip().split("/")[0] for line in tree.splitlines() if re.match(r"  \w", line)}
+    subpackages = {p.parent.name for p in (ROOT / "modmoe").glob("*/__init__.py")}
+    assert subpackages == {line.strip().split("/")[0] for line in tree.splitlines() if re.match(r"  \w", line)}
 
 
 def test_ci_finds_the_test_command():

@@ -41,7 +41,7 @@ class _Fragment(NamedTuple):
     stepped: torch.Tensor | None = None
     """The tensor that the optimizer steps, of which `weight` is a part."""
     offset: int = 0
-    """Of `weight` in it."""
+    """Where `weight` begins in `stepped`."""
 
 
 class EngineState:

@@ -1,4 +1,4 @@
-"""Whose output directory it is: one run at a time, and never over another run or the user's own files."""
+"""Which run an output directory belongs to: one run at a time, and never over another run or the user's own files."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from modmoe.training.run_config import RunConfig
 from modmoe.training.yaml_config import flatten, load_yaml
 
 FINAL = "final"
-# The last that a run writes.
+# The last file that a run writes.
 RESULTS = "results.json"
 RUN_FILE = "run.yaml"
 _LOCK_FILE = ".lock"

@@ -91,7 +91,7 @@ class HybridsSection(Section):
     """The meta model with one stage of the teacher's in it, which must not be worse than the meta model alone."""
 
     blocks_per_domain: int = Field(default=32, ge=1)
-    """Validation blocks that tell."""
+    """Validation blocks used for the check."""
     force: bool = False
     """Whether to go on with hybrids that are worse."""
 
@@ -111,7 +111,7 @@ class InitializationSection(Section):
     """What the student's stages take from the teacher's before they are trained."""
 
     ffn: Literal["fresh", "copy", "cluster"] = "fresh"
-    """FFN experts: fresh; each a copy of the teacher's FFN; or its neurons shared out to them."""
+    """FFN experts: fresh; each a copy of the teacher's FFN; or its neurons distributed among them."""
     reinit: float = Field(default=0.0, ge=0, le=1)
     """Share of neurons drawn anew in copies, so that they differ."""
     attention: Literal["fresh", "teacher"] = "fresh"
@@ -131,7 +131,7 @@ class PairsSection(Section):
     objective: ObjectiveSection = ObjectiveSection()
     """The losses."""
     local: bool = True
-    """Teach all stages but the last by hidden states alone, where they end: what is behind them, and the head, is not
+    """Teach all stages but the last only by hidden states, where they end: what comes after them, and the head, is not
     run."""
     stitch: Literal["projection", "linear"] = "projection"
     """What joins teacher's and student's width: one fixed projection for all, or a norm and a linear map of its own

@@ -110,7 +110,7 @@ class CachedSignals:
         if needed > self._max_bytes:
             raise ValueError(
                 f"{num_blocks} blocks of {length} tokens need {needed:,} bytes, and max_bytes={self._max_bytes:,}: "
-                f"raise it, {'lower top_k, ' if self._top_k else ''}or ask the teacher on line (cache: false)"
+                f"raise it, {'lower top_k, ' if self._top_k else ''}or ask the teacher online (cache: false)"
             )
 
     @property

@@ -17,7 +17,8 @@ Sums = dict[str, list[torch.Tensor]]
 
 def routed_layers(config: PreTrainedConfig) -> dict[str, list[int]]:
     """
-    Side -> layers that have a router there, in the order of the model's outputs; none in models of others.
+    Side -> layers that have a router there, in the order of the model's outputs; empty for models
+    other than ModMoE's.
 
     An extension with routers of its own adds the sides NAME/ffn and NAME/attn; experts of a "common" one are the last
     of the model's own routers.
@@ -37,7 +38,7 @@ def routed_layers(config: PreTrainedConfig) -> dict[str, list[int]]:
 
 
 def common_experts(config: PreTrainedConfig) -> dict[str, int]:
-    """Side -> how many experts of "common" extensions are behind the model's own in each of its routers."""
+    """Side -> how many experts of "common" extensions come after the model's own in each of its routers."""
     if not isinstance(config, ModMoEConfig):
         return {side: 0 for side in SIDES}
     common = [extension for extension in config.extension_list() if extension.mode == "common"]
@@ -117,7 +118,7 @@ class RouterLoads:
 
         Args:
             layers: of `routed_layers`.
-            expert_parallel_size: ranks that share out the experts of each layer.
+            expert_parallel_size: ranks over which the experts of each layer are distributed.
             common: of `common_experts`.
         """
         metrics: dict[str, float] = {}

@@ -19,12 +19,12 @@ _LONGEST = 1 << 16  # bytes of a message
 
 
 class Ended(NamedTuple):
-    """How a rank ended before its time."""
+    """How a rank ended prematurely."""
 
     rank: int
     exit_code: int
     reason: str | None
-    """In its own words; None if it died without any."""
+    """The rank's own message; None if it died without one."""
 
 
 class Hub:

@@ -150,7 +150,7 @@ def balance_loss(model, ids, kind):
 @pytest.mark.parametrize("kind", ["mi", "concentration", "switch"])
 @pytest.mark.parametrize("router_type", ["linear", "mlp"])
 def test_balance_losses_leave_the_null_choice_alone(ids, kind, router_type):
-    """They share out what comes to the new experts: whether anything comes to them is no business of theirs."""
+    """They balance the tokens that use the new experts and have no gradient on how many these are."""
     model = build(extensions=[GROUP], router_type=router_type)
     for name, parameter in model.named_parameters():
         if ".extensions." in name and name.endswith(("down_proj", "o_proj.weight")):

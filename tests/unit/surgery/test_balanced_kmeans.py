@@ -83,5 +83,5 @@ def test_seed_decides():
 
 
 def test_uneven_sizes_are_refused():
-    with pytest.raises(ValueError, match="10 points cannot be shared out evenly to 4 clusters"):
+    with pytest.raises(ValueError, match="10 points cannot be divided evenly among 4 clusters"):
         balanced_kmeans(points(10, 2), 4)

@@ -227,7 +227,7 @@ def test_names_and_directories(extended, tmp_path):
 def test_merged_rows_are_ordinary_experts(extended, tmp_path, ids, counts):
     _, model = extended(ROWS, **counts)
     add_extension(model, tmp_path / "two", MORE, init="random")
-    with pytest.raises(ValueError, match="extension 'more' comes behind 'rows': merge 'rows' first"):
+    with pytest.raises(ValueError, match="extension 'more' comes after 'rows': merge 'rows' first"):
         merge_common(tmp_path / "two", "more", tmp_path / "out")
     merge_common(tmp_path / "two", "rows", tmp_path / "one")
     merge_common(tmp_path / "one", "more", tmp_path / "none")
