@@ -44,7 +44,7 @@ LEARNING_RATES = {"extension": 5e-3, "told": 3e-3, "lora": 1e-2, "full": 3e-3}
 LORA_RANK = 20  # 660,480 parameters; the extension has 644,096
 TITLES = {
     "extension": "extension",
-    "told": "extension, told what it is for",
+    "told": "extension with domain_loss",
     "lora": "LoRA",
     "full": "full fine-tuning",
 }

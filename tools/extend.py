@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Add experts to a trained model so that it can learn something new without forgetting.
+"""Add experts to a trained model. They can be trained on something new while all old weights stay as they are.
 
     python tools/extend.py --model DIR --experts 4 --attn-experts 2 --name c --out EXTENDED
 
