@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
@@ -134,6 +135,7 @@ class ModMoETrainer(Trainer):
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
         self._engine_state: Any = None
+        self._not_loaded: str | None = None
         callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
@@ -250,6 +252,11 @@ class ModMoETrainer(Trainer):
         return batches, labels_in_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._not_loaded is not None:  # the Trainer's method that is overridden for it is not a public one
+            raise SharedError(
+                f"cannot resume from {self._not_loaded}: transformers {transformers.__version__} did not ask for it; "
+                "install an older version"
+            )
         # The Trainer's own sum of losses would never recover from one that is not finite; see MetricWindow.
         return torch.zeros_like(super().training_step(*args, **kwargs))
 
@@ -372,8 +379,13 @@ class ModMoETrainer(Trainer):
     def _divergence(self, symptom: str) -> str:
         good = latest_complete(self.run.output_dir)
         remedy = "lower optimization.learning_rate or raise optimization.warmup_steps"
-        start = f", and start from the last finite weights with --init {good} and another output_dir" if good else ""
-        return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}{start}"
+        if good is not None and self._may_start_another(good):
+            remedy += f", and start from the last finite weights with --init {good} and another output_dir"
+        return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}"
+
+    def _may_start_another(self, checkpoint: Path) -> bool:
+        """Not one without plain weights, nor one of a phase, which starts from what the phase before it made."""
+        return any(checkpoint.glob("model*.safetensors")) and "init" not in self.run.follows_from_place
 
     def _window_metrics(self) -> dict[str, float]:
         """Figures since the last record, over all ranks."""
@@ -414,6 +426,7 @@ class ModMoETrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         first = 0
+        self._not_loaded = resume_from_checkpoint
         if resume_from_checkpoint is not None:
             first = step_of(Path(resume_from_checkpoint))
             self.clock.seconds = read_manifest(Path(resume_from_checkpoint))["seconds"]
@@ -427,6 +440,7 @@ class ModMoETrainer(Trainer):
         self._engine_state = EngineState(self.model, self.optimizer)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
+            self._not_loaded = None
         return prepared
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:

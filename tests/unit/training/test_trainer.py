@@ -223,6 +223,16 @@ def test_resuming_is_bitwise(make_run, tmp_path):
     assert numbers == [[r["loss"], r["learning_rate"]] for r in records(straight.run)]
 
 
+def test_a_checkpoint_that_the_trainer_does_not_load_is_missed(make_run, monkeypatch):
+    """As by a version of transformers in which the hook that loads has another name."""
+    run = make_run()
+    train(run)
+    shutil.rmtree(run.output_dir / "checkpoint-6")
+    monkeypatch.delattr(ModMoETrainer, "_prepare_for_training")
+    with pytest.raises(RunError, match="cannot resume from .*checkpoint-3: transformers .* install an older version"):
+        train(run)
+
+
 def test_an_interrupted_save_falls_back_to_the_checkpoint_before(make_run, tmp_path, caplog):
     straight = train(make_run({"output_dir": str(tmp_path / "straight")}))
     run = make_run()
