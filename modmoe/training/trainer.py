@@ -483,7 +483,7 @@ class ModMoETrainer(Trainer):
             try:
                 with writing(directory, self.run.output_dir):
                     self._write_checkpoint(directory)
-            except RunError:
+            except Exception:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             if self.args.should_save:
@@ -570,6 +570,12 @@ class ModMoETrainer(Trainer):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         schedule = {**state.values["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
         self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        try:
+            super()._save_rng_state(output_dir)
+        except RuntimeError as error:  # as which torch.save reports a full disk
+            raise OSError(str(error)) from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The states of all processes if there are as many as before, else new ones that no step has had."""

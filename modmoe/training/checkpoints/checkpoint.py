@@ -167,7 +167,7 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, SafetensorError) as error:
         previous = _complete(output_dir)[-1:]
         kept = f"; {previous[0]} is untouched: run the same command again to resume" if previous else ""
         raise RunError(f"could not write {path}: {error} ({_free_space(output_dir)}){kept}") from error

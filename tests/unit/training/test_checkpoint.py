@@ -4,6 +4,7 @@ import json
 import logging
 
 import pytest
+import torch
 
 from modmoe.training.checkpoints.checkpoint import (
     check_batch,
@@ -103,3 +104,10 @@ def test_a_failed_write_says_how_much_space_is_left_and_where_the_run_can_go_on(
 def test_a_failed_write_into_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(RunError, match="could not write .*: no"), writing(tmp_path / "a" / "b", tmp_path / "a"):
         raise OSError("no")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RunError("no teacher")])
+def test_what_else_fails_during_a_write_speaks_for_itself(tmp_path, error):
+    with pytest.raises(RuntimeError) as caught, writing(tmp_path / "x", tmp_path):
+        raise error
+    assert caught.value is error

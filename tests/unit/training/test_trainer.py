@@ -274,6 +274,15 @@ def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run):
     assert train(run).state.global_step == 6
 
 
+def test_random_states_that_do_not_fit_on_the_disk_are_a_failed_write(make_run, monkeypatch):
+    def save(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match="could not write .*checkpoint-3: PytorchStreamWriter failed writing file"):
+        train(make_run())
+
+
 @pytest.mark.parametrize("interval", [1, 10])  # of the log: the loss is seen first, or the weights
 def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(make_run, interval):
     run = make_run({"logging.interval": interval, "checkpoint.interval": 1, "optimization.steps": 8})
