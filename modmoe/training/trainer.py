@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from modmoe.data import MixtureDataset, PreparedData, collate_packed
+from modmoe.data import PreparedData, StreamingMixture, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.parallel.layout import expert_slice
 from modmoe.training.arguments import clips_in_optimizer, run_precision, stores_bf16
@@ -120,6 +120,8 @@ class ModMoETrainer(Trainer):
             contents=self._contents_of_step,
             divergence=self._divergence,
         )
+        if isinstance(data.train, StreamingMixture):
+            data.train.batch_size = run.optimization.micro_batch_size
         self._stragglers = Stragglers(model.base_model, args.world_size)
         self._peak_tflops = device_peak_tflops(run)
         self._flops_per_token = self._count_flops(model)
@@ -359,7 +361,7 @@ class ModMoETrainer(Trainer):
         per_step = self.run.blocks_per_step(self.args.world_size)
         blocks = range((step - 1) * per_step, step * per_step)
         text = f"blocks {blocks.start} to {blocks.stop - 1} of the training data"
-        if not isinstance(self.data.train, MixtureDataset):
+        if isinstance(self.data.train, StreamingMixture):
             return text
         domains = Counter(self.data.train.locate(block)[0] for block in blocks)
         return f"{text}: " + ", ".join(f"{count} of {name}" for name, count in domains.most_common())

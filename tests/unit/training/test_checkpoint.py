@@ -1,6 +1,5 @@
 """Which checkpoints count, and what they say."""
 
-import json
 import logging
 
 import pytest
