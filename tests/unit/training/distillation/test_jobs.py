@@ -172,6 +172,15 @@ def test_costs_of_what_is_done_anew_do_not_count(tmp_path):
     assert len(json.loads((tmp_path / "costs.json").read_text())) == 1
 
 
+@pytest.mark.parametrize("content", [b"", b'{"1.0": [1', b"\0\0\xff"])
+def test_damaged_costs_do_not_hide_how_training_ended(tmp_path, content):
+    (tmp_path / "costs.json").write_bytes(content)
+    assert cost_of(tmp_path) == (0.0, 0.0)
+    with pytest.raises(RunError, match="full disk"), measured(tmp_path):
+        raise RunError("full disk")
+    assert len(json.loads((tmp_path / "costs.json").read_text())) == 1
+
+
 def test_a_launch_that_is_killed_has_cost_what_it_has(tmp_path):
     code = f"""
 import os, pathlib, time
