@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import command
 import torch
 
 import modmoe  # noqa: F401  (registers the model types)
@@ -26,12 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, metavar="OUT")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     known = parser.parse_args(arguments)
-    try:
-        print(consolidate(known.checkpoint, known.target, DTYPES[known.dtype]))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: consolidate(known.checkpoint, known.target, DTYPES[known.dtype]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import command
 import torch
 from safetensors.torch import save_file
 
@@ -29,12 +30,7 @@ def main() -> int:
     parser.add_argument("source", type=Path, metavar="IN")
     parser.add_argument("target", type=Path, metavar="OUT")
     arguments = parser.parse_args()
-    try:
-        print(convert(arguments.source, arguments.target))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: convert(arguments.source, arguments.target))
 
 
 def convert(source: Path, target: Path) -> str:

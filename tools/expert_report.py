@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import command
 import torch
 import transformers
 from tqdm import tqdm
@@ -47,16 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=_count, default=8, help="sequences of a forward pass [8]")
     options = parser.parse_args(arguments)
     disable_progress_bar()  # of loading; measuring has its own
-    try:
-        report = measure(options)
-        write_report(report, options.out)
-    except (ValueError, OSError, ImportError) as error:
-        # Ours are one sentence; some of transformers' go on about its installation.
-        print(f"error: {(str(error).splitlines() or [repr(error)])[0]}", file=sys.stderr)
-        return 2
-    print(summary(report))
-    print(f"\nwritten to {options.out / PAGE_FILE}")
-    return 0
+    return command.run(lambda: write(options))
+
+
+def write(options: argparse.Namespace) -> str:
+    report = measure(options)
+    write_report(report, options.out)
+    return f"{summary(report)}\n\nwritten to {options.out / PAGE_FILE}"
 
 
 def measure(options: argparse.Namespace) -> UsageReport:

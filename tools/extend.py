@@ -11,9 +11,10 @@ what is new with train/finetune.py, method "extension", and ship it with tools/p
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
+
+import command
 
 from modmoe.models.extension import Extension
 from modmoe.surgery.extend import Cost, MostUsed, add_extension, gate_bound
@@ -38,26 +39,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="extension", help="of what is added [extension]")
     parser.add_argument("--seed", type=int, default=0, help="of random weights [0]")
     options = parser.parse_args(arguments)
-    try:
-        extension = Extension(
-            options.name, options.experts, options.top_k, options.attn_experts, options.attn_top_k, options.mode
-        )
-        cost = add_extension(
-            options.model,
-            options.out,
-            extension,
-            init=options.init,
-            seed=options.seed,
-            most_used=most_used(options),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(describe(cost))
+    return command.run(lambda: extend(options))
+
+
+def extend(options: argparse.Namespace) -> str:
+    extension = Extension(
+        options.name, options.experts, options.top_k, options.attn_experts, options.attn_top_k, options.mode
+    )
+    cost = add_extension(
+        options.model,
+        options.out,
+        extension,
+        init=options.init,
+        seed=options.seed,
+        most_used=most_used(options),
+    )
+    lines = [describe(cost)]
     if extension.mode == "common":
-        print(describe_bound(gate_bound(ModelDirectory(options.model), extension, options.init)))
-    print(f"written to {options.out}")
-    return 0
+        lines.append(describe_bound(gate_bound(ModelDirectory(options.model), extension, options.init)))
+    return "\n".join([*lines, f"written to {options.out}"])
 
 
 def most_used(options: argparse.Namespace) -> MostUsed | None:
@@ -89,5 +89,4 @@ def describe_bound(share: float | None) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

@@ -13,9 +13,10 @@ makes the experts of a "common" extension ordinary ones, for good.
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
+
+import command
 
 from modmoe.surgery.model_directory import ModelDirectory
 from modmoe.surgery.pack import apply_packs, create_pack, merge_common, remove_extension
@@ -23,26 +24,21 @@ from modmoe.surgery.pack import apply_packs, create_pack, merge_common, remove_e
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        print(COMMANDS[options.command](options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run(lambda: COMMANDS[options.command](options))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in COMMANDS:
-        command = commands.add_parser(name)
-        command.add_argument("--model", type=Path, required=True, metavar="DIR", help="not modified")
+        subparser = commands.add_parser(name)
+        subparser.add_argument("--model", type=Path, required=True, metavar="DIR", help="not modified")
         if name == "apply":
-            command.add_argument("--pack", type=Path, nargs="+", required=True, metavar="PACK")
+            subparser.add_argument("--pack", type=Path, nargs="+", required=True, metavar="PACK")
         elif name != "list":
-            command.add_argument("--name", required=True, help="of the extension")
+            subparser.add_argument("--name", required=True, help="of the extension")
         if name != "list":
-            command.add_argument("--out", type=Path, required=True, help="a new directory")
+            subparser.add_argument("--out", type=Path, required=True, help="a new directory")
     return parser.parse_args(arguments)
 
 
@@ -93,5 +89,4 @@ COMMANDS = {"create": create, "apply": apply, "remove": remove, "merge": merge, 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

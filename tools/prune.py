@@ -11,9 +11,10 @@ pruned: their weights pass through memory one tensor at a time. DIR is not chang
 
 import argparse
 import shlex
-import signal
 import sys
 from pathlib import Path
+
+import command
 
 import modmoe
 from modmoe.surgery.expert_tensors import ExpertCheckpoint
@@ -25,33 +26,31 @@ from modmoe.surgery.usage import METRICS, UsageReport
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    try:
-        if options.out is not None:
-            check_new(options.out, options.model)
-        pruning = choose_pruning(
-            ExpertCheckpoint(options.model),
-            UsageReport.load(options.usage),
-            metric=options.metric,
-            domain=options.domain,
-            sides=options.sides,
-            denominator=options.denominator,
-            keep=options.keep,
-            keep_experts=options.keep_experts,
-            threshold=options.threshold,
-            scope=options.scope,
-        )
-        print(table(pruning))
-        for warning in pruning.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if options.dry_run:
-            print("\nnothing written")
-            return 0
-        pruning.write(options.out, markdown(pruning, heading(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\nwritten to {options.out}")
-    return 0
+    return command.run(lambda: prune(options, heading(arguments)))
+
+
+def prune(options: argparse.Namespace, heading: str) -> str:
+    if options.out is not None:
+        check_new(options.out, options.model)
+    pruning = choose_pruning(
+        ExpertCheckpoint(options.model),
+        UsageReport.load(options.usage),
+        metric=options.metric,
+        domain=options.domain,
+        sides=options.sides,
+        denominator=options.denominator,
+        keep=options.keep,
+        keep_experts=options.keep_experts,
+        threshold=options.threshold,
+        scope=options.scope,
+    )
+    print(table(pruning))
+    for warning in pruning.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if options.dry_run:
+        return "\nnothing written"
+    pruning.write(options.out, markdown(pruning, heading))
+    return f"\nwritten to {options.out}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -93,10 +92,9 @@ def sides(text: str) -> list[str]:
 
 
 def heading(arguments: list[str] | None) -> str:
-    command = shlex.join(sys.argv[1:] if arguments is None else arguments)
-    return f"## Pruned\n\nExperts were removed with ModMoE {modmoe.__version__}: `tools/prune.py {command}`."
+    line = shlex.join(sys.argv[1:] if arguments is None else arguments)
+    return f"## Pruned\n\nExperts were removed with ModMoE {modmoe.__version__}: `tools/prune.py {line}`."
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

@@ -11,10 +11,11 @@ any top-k.
 """
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 from typing import Any, get_args
+
+import command
 
 from modmoe.surgery.upcycle import RouterStart, upcycle
 from modmoe.surgery.upcycle_ffn import METHODS
@@ -23,8 +24,8 @@ from modmoe.training.yaml_config import load_yaml
 
 def main() -> int:
     arguments = parser().parse_args()
-    try:
-        sentence = upcycle(
+    return command.run(
+        lambda: upcycle(
             arguments.dense,
             arguments.out,
             arguments.method,
@@ -33,11 +34,7 @@ def main() -> int:
             router=arguments.router,
             seed=arguments.seed,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(sentence)
-    return 0
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,5 +61,4 @@ def fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that unfinished files are removed
     sys.exit(main())

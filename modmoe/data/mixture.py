@@ -129,7 +129,7 @@ class StreamingMixture(IterableDataset[Example]):
     Domain order and content are the same in every run. Its position is not saved: a resuming trainer
     reads the examples it has already seen again and drops them, which costs their tokenisation. Streams keep the order
     of their source.
-    With several data workers each reads everything and gives every n-th example.
+    With several data workers each reads everything and gives every n-th batch.
 
     Args:
         domains: blocks of each domain, stored or streamed.
@@ -139,9 +139,12 @@ class StreamingMixture(IterableDataset[Example]):
 
     Attributes:
         fields: as of `MixtureDataset`.
+        batch_size: of the `DataLoader`, which takes a batch of each worker in turn; examples come in the same order
+            with any number of them.
     """
 
     fields: Mapping[str, Example] = {}
+    batch_size = 1
 
     def __init__(
         self,
@@ -162,7 +165,8 @@ class StreamingMixture(IterableDataset[Example]):
         worker = get_worker_info()
         if worker is None:
             return self._examples()
-        return itertools.islice(self._examples(), worker.id, None, worker.num_workers)
+        turns = (index // self.batch_size % worker.num_workers for index in itertools.count())
+        return (example for turn, example in zip(turns, self._examples(), strict=False) if turn == worker.id)
 
     def _examples(self) -> Iterator[Example]:
         sequences = {name: self._endless(name) for name in self._domains}

@@ -89,7 +89,6 @@ class TokenStore:
     def save_manifest(self) -> None:
         """Write the manifest, replacing the old one at once."""
         manifest = {
-            "format": STORE_FORMAT,
             "complete": self.complete,
             "text_measures": self.text_measures,
             "shards": [asdict(shard) for shard in self.shards],
@@ -149,6 +148,9 @@ def build_store(
 ) -> TokenStore:
     """Open a store, tokenising what is not there yet and remaking shards that are damaged.
 
+    Of a complete store only the sizes of its files are looked at: every process opens it at every start, and hashing
+    takes hours where there are hundreds of gigabytes.
+
     Args:
         directory: of the store; its name must change whenever the documents or the tokenizer do.
         documents: yields all documents, in the same order each time it is called.
@@ -187,7 +189,7 @@ def _remake_damaged_shards(
     first = 0
     for shard in store.shards:
         path = store.directory / shard.file
-        reason = _damage(path, shard)
+        reason = _damage(path, shard, compare_hash=not store.complete)
         if reason is not None:
             logger.warning("%s: %s, making it again", path, reason)
             run = islice(documents(), first, first + shard.documents)
@@ -200,12 +202,14 @@ def _remake_damaged_shards(
         first += shard.documents
 
 
-def _damage(path: Path, shard: Shard) -> str | None:
+def _damage(path: Path, shard: Shard, compare_hash: bool) -> str | None:
     if not path.exists():
         return "missing"
     if path.stat().st_size != shard.file_bytes:
         return f"{path.stat().st_size} bytes long instead of {shard.file_bytes}"
-    return None if _sha256(path) == shard.sha256 else "content does not match its hash"
+    if compare_hash and _sha256(path) != shard.sha256:
+        return "content does not match its hash"
+    return None
 
 
 class _ShardContent(NamedTuple):

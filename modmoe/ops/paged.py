@@ -118,7 +118,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         _check_values(block_table, lengths, q.shape[2], *k_pages.shape[:2])
-    usable = {"triton": lambda: stickbreaking_triton.problem(q, k_pages), "torch": lambda: None}
+    usable = {"triton": lambda: stickbreaking_triton.problem(q), "torch": lambda: None}
     if choose_backend(_OP, backend, usable) == "triton":
         return stickbreaking_triton.paged_forward(
             q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop

@@ -153,8 +153,8 @@ def _check(
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
 
-def _implementation(name: str, q: Tensor, k: Tensor) -> ModuleType:
-    problems = {key: partial(module.problem, q, k) for key, module in _IMPLEMENTATIONS.items()}
+def _implementation(name: str, q: Tensor) -> ModuleType:
+    problems = {key: partial(module.problem, q) for key, module in _IMPLEMENTATIONS.items()}
     return _IMPLEMENTATIONS[choose_backend("stickbreaking_attention", name, problems)]
 
 
@@ -170,7 +170,7 @@ def _forward(
     early_stop: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = _implementation(backend, q, k).forward
+    run = _implementation(backend, q).forward
     result: tuple[Tensor, Tensor] = run(q, k, v, key_mask, document_start, scale, attend_current, early_stop)
     return result
 
@@ -190,7 +190,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz_ij = a_ij - sigmoid(z_ij) * (rem_i * drem_i + sum_{l<=j} a_il), with a_ij = A_ij * <dout_i, v_j>."""
-    run = _implementation(backend, q, k).backward
+    run = _implementation(backend, q).backward
     result: tuple[Tensor, Tensor, Tensor] = run(
         dout, drem, q, k, v, key_mask, document_start, scale, attend_current, early_stop
     )

@@ -138,7 +138,7 @@ class _Scratch:
         return x if self.low is None else _view(self.low, x.shape).copy_(x)
 
 
-def problem(q: Tensor, k: Tensor) -> str | None:
+def problem(q: Tensor) -> str | None:
     """Say why this implementation cannot run on such tensors: never."""
     return None
 

@@ -56,7 +56,7 @@ class _Keys(NamedTuple):
     page_size: int = 1
 
 
-def problem(q: Tensor, k: Tensor) -> str | None:
+def problem(q: Tensor) -> str | None:
     """Say why this implementation cannot run on such tensors here; None if it can."""
     if q.device.type != "cuda" and not (q.device.type == "cpu" and "TRITON_INTERPRET" in os.environ):
         return f"it is for CUDA devices, the tensors are on {q.device.type!r}"

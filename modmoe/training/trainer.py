@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import (
@@ -29,7 +30,7 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from modmoe.data import MixtureDataset, PreparedData, collate_packed
+from modmoe.data import PreparedData, StreamingMixture, collate_packed
 from modmoe.models import ModMoEForCausalLM
 from modmoe.parallel.layout import expert_slice
 from modmoe.training.arguments import clips_in_optimizer, run_precision, stores_bf16
@@ -119,6 +120,8 @@ class ModMoETrainer(Trainer):
             contents=self._contents_of_step,
             divergence=self._divergence,
         )
+        if isinstance(data.train, StreamingMixture):
+            data.train.batch_size = run.optimization.micro_batch_size
         self._stragglers = Stragglers(model.base_model, args.world_size)
         self._peak_tflops = device_peak_tflops(run)
         self._flops_per_token = self._count_flops(model)
@@ -134,6 +137,7 @@ class ModMoETrainer(Trainer):
         self._step_tokens = torch.zeros((), dtype=torch.int64)
         self._router_statistics: Any = None
         self._engine_state: Any = None
+        self._not_loaded: str | None = None
         callbacks = [Intervals(), MetricsFile(run.output_dir / "metrics.jsonl"), Console(), self.stop]
         if run.logging.tensorboard:
             callbacks.append(TensorBoard(run.output_dir / "tensorboard"))
@@ -250,6 +254,11 @@ class ModMoETrainer(Trainer):
         return batches, labels_in_step
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._not_loaded is not None:  # the Trainer's method that is overridden for it is not a public one
+            raise SharedError(
+                f"cannot resume from {self._not_loaded}: transformers {transformers.__version__} did not ask for it; "
+                "install an older version"
+            )
         # The Trainer's own sum of losses would never recover from one that is not finite; see MetricWindow.
         return torch.zeros_like(super().training_step(*args, **kwargs))
 
@@ -352,7 +361,7 @@ class ModMoETrainer(Trainer):
         per_step = self.run.blocks_per_step(self.args.world_size)
         blocks = range((step - 1) * per_step, step * per_step)
         text = f"blocks {blocks.start} to {blocks.stop - 1} of the training data"
-        if not isinstance(self.data.train, MixtureDataset):
+        if isinstance(self.data.train, StreamingMixture):
             return text
         domains = Counter(self.data.train.locate(block)[0] for block in blocks)
         return f"{text}: " + ", ".join(f"{count} of {name}" for name, count in domains.most_common())
@@ -372,8 +381,13 @@ class ModMoETrainer(Trainer):
     def _divergence(self, symptom: str) -> str:
         good = latest_complete(self.run.output_dir)
         remedy = "lower optimization.learning_rate or raise optimization.warmup_steps"
-        start = f", and start from the last finite weights with --init {good} and another output_dir" if good else ""
-        return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}{start}"
+        if good is not None and self._may_start_another(good):
+            remedy += f", and start from the last finite weights with --init {good} and another output_dir"
+        return f"training has diverged: {symptom} at step {self.state.global_step}; {remedy}"
+
+    def _may_start_another(self, checkpoint: Path) -> bool:
+        """Not one without plain weights, nor one of a phase, which starts from what the phase before it made."""
+        return any(checkpoint.glob("model*.safetensors")) and "init" not in self.run.follows_from_place
 
     def _window_metrics(self) -> dict[str, float]:
         """Figures since the last record, over all ranks."""
@@ -414,6 +428,7 @@ class ModMoETrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         first = 0
+        self._not_loaded = resume_from_checkpoint
         if resume_from_checkpoint is not None:
             first = step_of(Path(resume_from_checkpoint))
             self.clock.seconds = read_manifest(Path(resume_from_checkpoint))["seconds"]
@@ -427,6 +442,7 @@ class ModMoETrainer(Trainer):
         self._engine_state = EngineState(self.model, self.optimizer)
         if resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
+            self._not_loaded = None
         return prepared
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
@@ -469,7 +485,7 @@ class ModMoETrainer(Trainer):
             try:
                 with writing(directory, self.run.output_dir):
                     self._write_checkpoint(directory)
-            except RunError:
+            except Exception:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             if self.args.should_save:
@@ -556,6 +572,12 @@ class ModMoETrainer(Trainer):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         schedule = {**state.values["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
         self.lr_scheduler.load_state_dict(schedule)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        try:
+            super()._save_rng_state(output_dir)
+        except RuntimeError as error:  # as which torch.save reports a full disk
+            raise OSError(str(error)) from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The states of all processes if there are as many as before, else new ones that no step has had."""

@@ -13,12 +13,14 @@ from modmoe.training.errors import ConfigError
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: 3e-4 is a number, and a key given twice is a mistake."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Later, merge keys (<<: *other) have added what may be given again.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value]
+        for tag, name in keys:
+            if keys.count((tag, name)) > 1:
+                raise yaml.composer.ComposerError(None, None, f"key {name!r} is given twice", node.start_mark)
+        return node
 
 
 # YAML 1.1, which PyYAML speaks, wants a dot and a signed exponent in floats.

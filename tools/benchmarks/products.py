@@ -13,9 +13,6 @@ from torch import Tensor
 from benchmarks.workload import Contender, Run, Workload
 from modmoe.ops import DispatchPlan, dispatch_plan, grouped_linear
 
-# Beside "torch", the baseline.
-BACKENDS = ("cpp", "cuda", "cuda_sm90")
-
 
 class Inputs(NamedTuple):
     """rows (S, in), weight (E, out, in), dy (S, out)."""

@@ -8,8 +8,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from modmoe.training.distillation.config import DistillRun
+from modmoe.training.finetuning.config import FinetuningRun
 from modmoe.training.initialization import num_ids
-from modmoe.training.run_config import build_model_config, load_run_config
+from modmoe.training.run_config import RunConfig, build_model_config, load_run_config
+from modmoe.training.yaml_config import load_yaml
 
 # fp32 weights as an export, and to resume from these in full precision with Adam's two moments.
 CHECKPOINT_BYTES = 4 * 4
@@ -34,7 +37,7 @@ class Needs:
     """
 
     def __init__(self, path: Path, overrides: Sequence[str] = ()) -> None:
-        self.run = load_run_config(path, overrides)
+        self.run = load_run_config(path, overrides, _kind(path))
         content = json.dumps(self.run.model_dump(mode="json"), sort_keys=True)
         self.digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.directories = [self.run.output_dir, self.run.data.cache_dir]
@@ -43,11 +46,13 @@ class Needs:
         """
         Bytes that the run writes below its output directory, at most, and what they consist of.
 
-        A checkpoint is written before the oldest is deleted.
+        A checkpoint is written before the oldest is deleted. Of a distillation it is the last phase that counts.
         """
         parameters, count = self.num_parameters(), self.run.checkpoint.keep + 1
         checkpoint = parameters * CHECKPOINT_BYTES
         pieces = f"{count} checkpoints of {checkpoint / 1e9:.3g} GB and the final model"
+        if isinstance(self.run, DistillRun):
+            pieces += ", beside the teacher, stages and their signals"
         return count * checkpoint + parameters * EXPORT_BYTES, pieces
 
     def num_parameters(self) -> int:
@@ -66,3 +71,11 @@ class Needs:
         if name is None:
             return self.run.tokenizer.vocab_size
         return num_ids(AutoTokenizer.from_pretrained(str(Path(name).expanduser())))
+
+
+def _kind(path: Path) -> type[RunConfig]:
+    """By the sections of the file: of a distillation, a fine-tuning run, or any other."""
+    sections = load_yaml(path).keys()
+    if sections & {"teacher", "distillation"}:
+        return DistillRun
+    return FinetuningRun if "finetuning" in sections else RunConfig

@@ -75,8 +75,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         ValueError: if the file is damaged.
     """
     manifest = json.loads((checkpoint / MANIFEST).read_text())
-    # Without blocks per step: of version 0.1.0, which check_batch refuses.
-    if not isinstance(manifest, dict) or manifest.keys() | {"blocks_per_step"} != _MANIFEST_KEYS:
+    if not isinstance(manifest, dict) or manifest.keys() != _MANIFEST_KEYS:
         raise ValueError(f"{checkpoint / MANIFEST} is not a manifest")
     return manifest
 
@@ -116,14 +115,9 @@ def check_batch(checkpoint: Path, world_size: int, micro_batch_size: int, gradie
     stopped, without repeating or losing a block, and with the same learning rates.
 
     Raises:
-        SharedError: if they are not, or if the checkpoint is of a format that is no longer read; says what to do.
+        SharedError: if they are not; says what to do.
     """
-    before = read_manifest(checkpoint).get("blocks_per_step")
-    if before is None:
-        raise SharedError(
-            f"{checkpoint} was written by an older version and its optimizer state cannot be read: begin a new run "
-            f"from its weights with --init {checkpoint} and another output_dir"
-        )
+    before = read_manifest(checkpoint)["blocks_per_step"]
     now = micro_batch_size * gradient_accumulation * world_size
     if now != before:
         raise SharedError(
@@ -167,7 +161,7 @@ def writing(path: Path, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, SafetensorError) as error:
         previous = _complete(output_dir)[-1:]
         kept = f"; {previous[0]} is untouched: run the same command again to resume" if previous else ""
         raise RunError(f"could not write {path}: {error} ({_free_space(output_dir)}){kept}") from error

@@ -37,7 +37,10 @@ def measured(directory: Path) -> Iterator[None]:
             cost = Cost(time.monotonic() - wall, (time.process_time() - cpu) * world_size())
             temporary = directory / f".{_FILE}.tmp"
             with contextlib.suppress(OSError):  # a full disk stops the training itself, and says so
-                temporary.write_text(json.dumps(_launches(directory) | {launch: cost}))
+                with temporary.open("w") as file:
+                    json.dump(_launches(directory) | {launch: cost}, file)
+                    file.flush()
+                    os.fsync(file.fileno())  # else a power cut could leave an empty file
                 os.replace(temporary, directory / _FILE)
 
     def keep_noting() -> None:
@@ -65,7 +68,9 @@ def cost_of(directory: Path) -> Cost:
 
 
 def _launches(directory: Path) -> dict[str, Cost]:
-    """By when they began; of a run that begins anew the file is removed."""
-    path = directory / _FILE
-    content = json.loads(path.read_text()) if path.is_file() else {}
+    """By when they began, as far as they are known; of a run that begins anew the file is removed."""
+    try:
+        content = json.loads((directory / _FILE).read_text())
+    except (FileNotFoundError, ValueError):  # a damaged file must not hide how training ended
+        return {}
     return {launch: Cost(*cost) for launch, cost in content.items()}

@@ -13,13 +13,23 @@ from typing import Any, TextIO
 import torch
 
 from modmoe.training.errors import RunError
+from modmoe.training.ranks.launcher import JOB, Launcher
 from modmoe.training.status import FILE as STATUS_FILE
 
 LOG = "log.txt"
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 30.0
-# A launcher's, which would make one team of all processes.
-_OF_A_TEAM = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A launcher's, which would make one team of all processes; torchrun sets more that begin with TORCHELASTIC_.
+_OF_A_TEAM = (
+    "RANK",
+    "LOCAL_RANK",
+    "CROSS_RANK",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 class Jobs:
@@ -49,6 +59,7 @@ class Jobs:
         self._devices: dict[int, str] = {}
         self._logged: dict[int, int] = {}
         self._signal = 0
+        self._launcher = Launcher()
 
     def run(self, stages: Sequence[int]) -> int:
         """
@@ -67,6 +78,8 @@ class Jobs:
                 while waiting and len(self._running) < self._limit and not self._signal:
                     self._start(waiting.pop(0))
                 time.sleep(_POLL_SECONDS)
+                if not self._signal and self._launcher.is_gone():
+                    self._handle(signal.SIGTERM)
                 for stage, process in list(self._running.items()):
                     code = process.poll()
                     if code is not None:
@@ -105,12 +118,17 @@ class Jobs:
                 # Else a terminal gives them Ctrl-C as well, and at the second one they leave without saving.
                 start_new_session=True,
             )
+        if self._signal:  # it came before there was a process to pass it on to
+            self._running[stage].send_signal(self._signal)
         self._view.update(stage, "starting")
 
     def _environment(self, stage: int) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if name not in _OF_A_TEAM}
-        # Makes it watch this process and save if that dies, as under a launcher.
-        environment["CROSS_RANK"] = "0"
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _OF_A_TEAM and not name.startswith("TORCHELASTIC_")
+        }
+        environment[JOB] = "1"  # it watches this process, and saves if that dies
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self._limit)))
         if torch.cuda.device_count() > 1:
@@ -136,7 +154,7 @@ class Jobs:
         loss = "" if status.get("loss") is None else f", loss {status['loss']:.4f}"
         return f"step {status['step']} of {status['steps']}{loss}"
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None = None) -> None:
         self._signal = self._signal or number
         for process in self._running.values():
             process.send_signal(number)

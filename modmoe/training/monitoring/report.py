@@ -89,8 +89,9 @@ def write_expert_use(scores: Mapping[str, DomainScore], layers: dict[str, list[i
     used = {name: score.loads.used(layers) for name, score in scores.items()}
     content = {"layers": layers, "share_of_assignments": use, "share_of_tokens_that_use_the_extension": used}
     (output_dir / "expert_use.json").write_text(json.dumps(content, indent=1))
-    sides = [side for side, numbers in layers.items() if numbers]
-    if sides and use:
+    # What trains beside a frozen model that has routers need not run these.
+    sides = [side for side in layers if any(loads.get(side) for loads in use.values())]
+    if sides:
         _draw_expert_use(use, used, sides, layers, output_dir / "expert_use.png")
 
 

@@ -17,7 +17,8 @@ def prepare_process(use_deepspeed: bool) -> None:
     Args:
         use_deepspeed: whether this run has a DeepSpeed section.
     """
-    _keep_freed_memory()
+    if torch.cuda.device_count() == 0:  # else activations are on the device
+        _keep_freed_memory()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, _available_cores() // _processes_on_this_machine()))
     if not use_deepspeed:

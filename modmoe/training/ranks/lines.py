@@ -91,7 +91,7 @@ class Hub:
         line.settimeout(1.0)  # the first message follows at once; a stranger's silence must not hold us up
         try:
             hello = _receive(line)
-            if not hello or hello[0].get("password") != self._password:
+            if not hello or not isinstance(hello[0], dict) or hello[0].get("password") != self._password:
                 raise ValueError
         except (OSError, ValueError):
             line.close()

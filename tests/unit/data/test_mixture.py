@@ -111,8 +111,14 @@ def test_streams_mix_with_stored_domains(domains, stream, tokenizer):
     assert "3-0 " in text
     assert "2-0 " in text
 
-    shares = [list(torch.utils.data.DataLoader(mixture, batch_size=None, num_workers=n)) for n in (0, 2)]
-    assert sorted(e["input_ids"].tolist() for e in shares[0]) == sorted(e["input_ids"].tolist() for e in shares[1])
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_workers_do_not_change_the_order_of_streams(domains, stream, workers):
+    mixture = StreamingMixture({"stream": stream, "small": domains["small"]}, {"stream": 1, "small": 1}, 40, seed=0)
+    mixture.batch_size = 4
+    loader = torch.utils.data.DataLoader(mixture, batch_size=4, collate_fn=collate_packed, num_workers=workers)
+    rows = [row.tolist() for batch in loader for row in batch["input_ids"]]
+    assert rows == [example["input_ids"].tolist() for example in mixture]
 
 
 def test_a_stream_shorter_than_a_block_is_an_error(tmp_path, encoder):

@@ -21,7 +21,7 @@ NAMES = ("q", "k", "v")
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on both."""
-    problem = stickbreaking_cpp.problem(torch.empty(0), torch.empty(0)) if request.param == "cpp" else None
+    problem = stickbreaking_cpp.problem(torch.empty(0)) if request.param == "cpp" else None
     if problem:
         pytest.skip(problem)
     with use_backend(request.param):

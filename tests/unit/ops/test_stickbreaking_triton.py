@@ -316,7 +316,7 @@ def test_empty_batch(interpreter: Worker) -> None:
 def check_problems() -> None:
     def problem(dtype: torch.dtype, dim: int = 16) -> str | None:
         x = torch.zeros(1, 1, 1, dim, dtype=dtype)
-        return stickbreaking_triton.problem(x, x)
+        return stickbreaking_triton.problem(x)
 
     assert problem(torch.float32) is None
     assert problem(torch.float16, 256) is None
@@ -330,7 +330,7 @@ def test_problems(interpreter: Worker) -> None:
     x = torch.zeros(1, 1, 1, 16)
     with mock.patch.dict("os.environ"):
         stickbreaking_triton.os.environ.pop("TRITON_INTERPRET", None)
-        assert stickbreaking_triton.problem(x, x) == "it is for CUDA devices, the tensors are on 'cpu'"
+        assert stickbreaking_triton.problem(x) == "it is for CUDA devices, the tensors are on 'cpu'"
 
 
 class AllocatedBytes(TorchDispatchMode):

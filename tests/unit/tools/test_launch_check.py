@@ -20,7 +20,7 @@ from launch_checks.problems import problems
 from launch_checks.report import Bandwidth, Directory, Fault, Report, table
 from torch.distributed import TCPStore
 
-from tests.launching import CONFIG, free_port, run_ranks
+from tests.launching import CONFIG, ROOT, free_port, run_ranks
 
 GIGABYTE = 10**9
 
@@ -371,3 +371,13 @@ def test_space_for_checkpoints_is_counted_without_making_the_model():
     assert pieces.startswith("4 checkpoints of 0.00")
     assert needs.digest != Needs(CONFIG, ["--checkpoint.keep", "4"]).digest
     assert needs.digest == Needs(CONFIG, ["--checkpoint.keep", "3"]).digest
+
+
+def test_every_kind_of_run_is_read():
+    from launch_checks.needs import Needs
+
+    tuning = Needs(ROOT / "configs" / "train" / "finetune.yaml")
+    assert tuning.run.finetuning.method
+    distillation = Needs(ROOT / "configs" / "distill" / "tiny_test.yaml", ["--tokenizer", "{vocab_size: 280}"])
+    assert distillation.run.distillation.method == "modules"
+    assert distillation.checkpoint_space()[1].endswith("the final model, beside the teacher, stages and their signals")

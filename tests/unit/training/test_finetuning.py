@@ -295,6 +295,18 @@ def test_concentration_shows_in_the_metrics(make):
     assert last["router/ffn/entropy"] < first["router/ffn/entropy"]
 
 
+# ---- Divergence ----
+
+
+@pytest.mark.parametrize(("method", "from_place", "helps"), [("full", (), 1), ("lora", (), 0), ("full", ("init",), 0)])
+def test_only_a_checkpoint_that_another_run_can_start_from_is_a_remedy(make, method, from_place, helps, monkeypatch):
+    monkeypatch.setattr(FinetuningRun, "follows_from_place", from_place)
+    trainer = train(make({"optimization.steps": 3}, method=method))
+    message = trainer._divergence("the loss is not finite")
+    assert "at step 3; lower optimization.learning_rate" in message
+    assert message.count(f"--init {checkpoints(trainer.run.output_dir)[-1]}") == helps
+
+
 # ---- A teacher ----
 
 

@@ -71,10 +71,13 @@ def test_strangers_are_turned_away_and_harm_nobody(connected):
     silent = socket.create_connection(("127.0.0.1", port))
     guess = socket.create_connection(("127.0.0.1", port))
     guess.sendall(json.dumps({"rank": 1, "password": "guess"}).encode() + b"\n")
+    scalar = socket.create_connection(("127.0.0.1", port))
+    scalar.sendall(b"1\n")
     assert poll(hub) is None
     assert len(hub._ranks) == 2
     silent.close()
     guess.close()
+    scalar.close()
     first.say(Ended(1, 1, "x"))
     assert poll(hub) == poll(second) == Ended(1, 1, "x")
 

@@ -1,5 +1,6 @@
 """Which arithmetic "auto" means, and threads per process."""
 
+import pytest
 import torch
 
 from modmoe.training.precision import autocast, resolve_precision
@@ -48,3 +49,12 @@ def test_processes_share_the_cores(monkeypatch):
 
 def test_the_user_decides_on_threads(monkeypatch):
     assert threads(monkeypatch, {"OMP_NUM_THREADS": "5"}) == []
+
+
+@pytest.mark.parametrize(("devices", "kept"), [(0, [True]), (1, [])])
+def test_freed_memory_is_kept_where_activations_are_on_the_host(monkeypatch, devices, kept):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(bootstrap, "_keep_freed_memory", lambda: calls.append(True))
+    threads(monkeypatch, {})
+    assert calls == kept

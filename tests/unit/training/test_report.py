@@ -66,8 +66,9 @@ def test_expert_use_of_extensions(scores, tmp_path):
     assert (tmp_path / "expert_use.png").read_bytes()[:4] == PNG
 
 
-def test_a_dense_model_has_no_picture(tmp_path):
-    write_expert_use({"python": DomainScore(2.0, 1.0)}, {"attn": [], "ffn": []}, tmp_path)
+@pytest.mark.parametrize("layers", [[], [0, 1]], ids=["no routers", "routers that are not run"])
+def test_loads_that_were_not_measured_have_no_picture(tmp_path, layers):
+    write_expert_use({"python": DomainScore(2.0, 1.0)}, {"attn": layers, "ffn": layers}, tmp_path)
     assert not (tmp_path / "expert_use.png").exists()
 
 

@@ -145,6 +145,12 @@ def test_json_may_be_indented_by_tabs(tmp_path):
     assert load_yaml(path) == ZERO1
 
 
+def test_keys_may_be_merged_and_changed(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("a: {b: {c: &base {x: 1, y: 2}, d: &own {<<: *base, x: 3}}}\ne: {<<: *own, y: 4}\n")
+    assert load_yaml(path) == {"a": {"b": {"c": {"x": 1, "y": 2}, "d": {"x": 3, "y": 2}}}, "e": {"x": 3, "y": 4}}
+
+
 def test_missing_file(tmp_path):
     assert message(tmp_path / "no.yaml") == f"config file {tmp_path / 'no.yaml'} does not exist"
 
@@ -157,6 +163,7 @@ def test_missing_file(tmp_path):
         ("- a\n- b\n", "must hold sections such as 'data:', but holds a list"),
         ("a: [1, 2\n", "is not valid YAML"),
         ("seed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("data: &a {seed: 1}\nb: {<<: *a, c: {d: 1, d: 2}}\n", "key 'd' is given twice"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, text, expected):

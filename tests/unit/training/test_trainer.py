@@ -1,5 +1,6 @@
 """The trainer on a toy model: loss shares, scopes, metrics, checkpoints, faults."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from modmoe.training.checkpoints import checkpoint as checkpointing
 from modmoe.training.checkpoints.checkpoint import checkpoints
 from modmoe.training.checkpoints.consolidation import consolidate
 from modmoe.training.checkpoints.output_dir import claim_output_dir, save_run_file
+from modmoe.training.distillation.signals import WithSignals
 from modmoe.training.errors import RunError
 from modmoe.training.initialization import build_model
 from modmoe.training.monitoring.throughput import parameter_counts
@@ -223,6 +225,16 @@ def test_resuming_is_bitwise(make_run, tmp_path):
     assert numbers == [[r["loss"], r["learning_rate"]] for r in records(straight.run)]
 
 
+def test_a_checkpoint_that_the_trainer_does_not_load_is_missed(make_run, monkeypatch):
+    """As by a version of transformers in which the hook that loads has another name."""
+    run = make_run()
+    train(run)
+    shutil.rmtree(run.output_dir / "checkpoint-6")
+    monkeypatch.delattr(ModMoETrainer, "_prepare_for_training")
+    with pytest.raises(RunError, match="cannot resume from .*checkpoint-3: transformers .* install an older version"):
+        train(run)
+
+
 def test_an_interrupted_save_falls_back_to_the_checkpoint_before(make_run, tmp_path, caplog):
     straight = train(make_run({"output_dir": str(tmp_path / "straight")}))
     run = make_run()
@@ -264,6 +276,15 @@ def test_a_save_that_the_system_cuts_off_keeps_the_checkpoint_before(make_run):
     assert train(run).state.global_step == 6
 
 
+def test_random_states_that_do_not_fit_on_the_disk_are_a_failed_write(make_run, monkeypatch):
+    def save(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RunError, match="could not write .*checkpoint-3: PytorchStreamWriter failed writing file"):
+        train(make_run())
+
+
 @pytest.mark.parametrize("interval", [1, 10])  # of the log: the loss is seen first, or the weights
 def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(make_run, interval):
     run = make_run({"logging.interval": interval, "checkpoint.interval": 1, "optimization.steps": 8})
@@ -285,6 +306,14 @@ def test_a_diverged_run_says_so_and_keeps_its_last_good_checkpoint(make_run, int
     assert f"--init {run.output_dir / 'checkpoint-3'} and another output_dir" in str(caught.value)
     assert [c.name for c in checkpoints(run.output_dir)] == ["checkpoint-2", "checkpoint-3"]
     assert all(math.isfinite(value) for r in records(run) for value in r.values())
+
+
+def test_events_name_the_domains_of_a_step_beside_cached_signals_too(make_run):
+    trainer = make_trainer(make_run())
+    expected = "blocks 4 to 7 of the training data: 4 of words"
+    assert trainer._contents_of_step(2) == expected
+    trainer.data = dataclasses.replace(trainer.data, train=WithSignals(trainer.data.train, None, {}))
+    assert trainer._contents_of_step(2) == expected
 
 
 def test_a_checkpoint_is_a_plain_directory_too(make_run):
@@ -361,6 +390,15 @@ def test_a_batch_may_be_cut_up_otherwise_when_a_run_resumes(make_run, tmp_path):
     train(make_run({**model, **cut}))
     assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6]
     assert [r["loss"] for r in records(run)] == pytest.approx([r["loss"] for r in records(straight.run)], rel=1e-5)
+
+
+def test_streamed_text_goes_on_where_it_was_with_other_data_workers(make_run, tmp_path):
+    streamed = {"data.sources.0.streaming": True}
+    straight = train(make_run({**streamed, "output_dir": str(tmp_path / "straight")}))
+    run = make_run({**streamed, "data.workers": 2})
+    train(run)
+    shutil.rmtree(run.output_dir / "checkpoint-6")
+    assert_same_weights(straight, train(make_run(streamed)))
 
 
 def test_random_states_of_another_number_of_processes_are_replaced(make_run):

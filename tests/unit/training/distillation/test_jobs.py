@@ -93,6 +93,26 @@ def test_a_signal_reaches_the_processes_and_starts_no_more(tmp_path):
     assert not (tmp_path / "2").exists()
 
 
+def test_a_signal_that_comes_while_a_process_is_started_reaches_it(tmp_path, monkeypatch):
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    begun = time.monotonic()
+    assert jobs(tmp_path, "import time; time.sleep(30)").run([0, 1, 2]) == 143
+    assert time.monotonic() - begun < 20
+    assert not (tmp_path / "1").exists()
+
+
+def test_the_death_of_the_launcher_ends_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("modmoe.training.ranks.launcher.Launcher.is_gone", lambda _: (tmp_path / "0/log.txt").exists())
+    begun = time.monotonic()
+    assert jobs(tmp_path, "import time; time.sleep(30)").run([0, 1, 2]) == 143
+    assert time.monotonic() - begun < 20
+
+
 def test_a_terminal_interrupts_them_once(tmp_path):
     """By this process, which passes Ctrl-C on; a second one would keep them from saving."""
     assert jobs(tmp_path, "import os; print(os.getsid(0), os.getpid())").run([0]) == 0
@@ -101,13 +121,14 @@ def test_a_terminal_interrupts_them_once(tmp_path):
 
 
 def test_each_process_is_a_team_of_its_own(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+    team = {"RANK", "WORLD_SIZE", "MASTER_PORT", "CROSS_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"}
+    for name in team:
         monkeypatch.setenv(name, "1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     code = "import json, os; print(json.dumps(dict(os.environ)))"
     assert jobs(tmp_path, code).run([0]) == 0
     environment = json.loads((tmp_path / "0" / "log.txt").read_text())
-    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & environment.keys()
+    assert not team & environment.keys()
     assert int(environment["OMP_NUM_THREADS"]) >= 1
 
 
@@ -148,6 +169,15 @@ def test_costs_of_what_is_done_anew_do_not_count(tmp_path):
         pass
     with measured(tmp_path):
         (tmp_path / "costs.json").unlink()  # as a run does that overwrites another
+    assert len(json.loads((tmp_path / "costs.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b'{"1.0": [1', b"\0\0\xff"])
+def test_damaged_costs_do_not_hide_how_training_ended(tmp_path, content):
+    (tmp_path / "costs.json").write_bytes(content)
+    assert cost_of(tmp_path) == (0.0, 0.0)
+    with pytest.raises(RunError, match="full disk"), measured(tmp_path):
+        raise RunError("full disk")
     assert len(json.loads((tmp_path / "costs.json").read_text())) == 1
 
 
