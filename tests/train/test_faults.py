@@ -36,7 +36,7 @@ def undisturbed(launch, workspace):
 def comparable(output_dir):
     """Final weights, and every metric that does not depend on the clock."""
     records = [
-        {name: value for name, value in record.items() if name != "tokens_per_second"}
+        {name: value for name, value in record.items() if name not in ("tokens_per_second", "tflops_per_device")}
         for record in read_metrics(output_dir / "metrics.jsonl")
     ]
     weights = load_file(output_dir / "final" / "model.safetensors")

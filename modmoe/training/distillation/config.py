@@ -10,7 +10,7 @@ from modmoe.distill.ranges import Range, checked_ranges, even_ranges
 from modmoe.training.finetuning.config import FinetuningSection, TeacherSection
 from modmoe.training.run_config import OptimizationConfig, RunConfig, Section
 
-Method = Literal["modules", "scratch", "logit_kd", "upcycle", "upcycle_kd"]
+Method = Literal["modules", "scratch", "logit_kd", "upcycle"]
 
 
 class StagesSection(Section):
@@ -147,7 +147,7 @@ class DistillationSection(Section):
 
     method: Method = "modules"
     """Module by module; or a baseline, which is the last phase alone: "scratch" from fresh weights, "logit_kd" with
-    the whole teacher's logits, "upcycle" from the weights that the modules would start with, "upcycle_kd" both."""
+    the whole teacher's logits, "upcycle" from the weights that the modules would start with."""
     stages: StagesSection = StagesSection()
     """The cut."""
     meta: MetaSection = MetaSection()
@@ -158,11 +158,6 @@ class DistillationSection(Section):
     """The student's start."""
     pairs: PairsSection = PairsSection()
     """The student's stages."""
-
-    @property
-    def upcycles(self) -> bool:
-        """Whether a baseline starts with the weights that the modules would start with."""
-        return self.method in ("upcycle", "upcycle_kd")
 
 
 class DistillRun(RunConfig):
@@ -277,7 +272,7 @@ class DistillRun(RunConfig):
         teacher = self.finetuning.teacher
         if self.distillation.method in ("scratch", "upcycle"):
             teacher = None
-        elif self.distillation.method in ("logit_kd", "upcycle_kd") and teacher is None:
+        elif self.distillation.method == "logit_kd" and teacher is None:
             teacher = TeacherSection()
         if teacher is not None and teacher.path is None:
             teacher = teacher.model_copy(update={"path": self.teacher})

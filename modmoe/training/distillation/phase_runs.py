@@ -85,7 +85,7 @@ class PhaseRuns:
         if method == "modules":
             pairs = self._run.optimization_of("pairs.optimization").model_dump(mode="json")
             basis |= self._pairs | {"pair_optimization": pairs}
-        elif self._run.distillation.upcycles:
+        elif method == "upcycle":
             basis |= {"initialization": self._pairs["initialization"]}
         return self._phase(
             EndToEndRun,

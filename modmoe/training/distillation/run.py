@@ -313,7 +313,7 @@ class Distillation:
 
     def _baseline(self) -> int:
         def start() -> None:
-            if self._run.distillation.upcycles:
+            if self._run.distillation.method == "upcycle":
                 self._project()
             if self._starts_anew(self._runs.end_to_end()):
                 untrained_student(self._run, self._cut, self._places)

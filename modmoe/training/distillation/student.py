@@ -95,7 +95,7 @@ def untrained_student(run: DistillRun, cut: CutTeacher, places: Places) -> None:
     frame = load_frame(places.frame)
     directories = []
     for index in range(run.distillation.stages.number):
-        if run.distillation.upcycles:
+        if run.distillation.method == "upcycle":
             teacher = Stage.load(places.teacher_stage(index))
             stage, _ = started_stage(run, cut, places, index, frame, teacher)
         else:
