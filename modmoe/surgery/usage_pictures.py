@@ -99,7 +99,7 @@ def _specialisation(report: UsageReport, sides: list[str]) -> Picture:
         _label(axis, SIDE_TITLES[side], routers)
     title = "Which domain an expert belongs to"
     figure.suptitle(title, fontsize=11)
-    _draw_legend(figure, axes[-1], colours)
+    _draw_legend(figure, colours)
     caption = (
         "Colour: the domain with the largest share of the expert's tokens, domains counted equally. Strength: how "
         "much the choice of the expert tells about the domain, KL(p(domain | expert) || uniform) / log(number of "
@@ -127,7 +127,7 @@ def _blend(colour: np.ndarray, strength: float) -> np.ndarray:
     return 1 - weight * (1 - colour)
 
 
-def _draw_legend(figure: Any, axis: Any, colours: dict[str, str]) -> None:
+def _draw_legend(figure: Any, colours: dict[str, str]) -> None:
     """A bar from white to full colour for each domain, below the panels."""
     strengths = np.linspace(0, 1, 256) ** 2
     image = np.array([[_blend(np.array(to_rgb(colour)), s) for s in strengths] for colour in colours.values()])

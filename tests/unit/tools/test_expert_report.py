@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import expert_report
 import pytest
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from modmoe.data import train_bpe
 from modmoe.surgery import UsageReport
@@ -13,12 +16,21 @@ from modmoe.surgery import UsageReport
 from ..layers.test_grouped_experts import TINY
 from ..models.conftest import build
 
+IBM = Path(__file__).parents[2] / "golden" / "data" / "moduleformer" / "a_mlp_mi"
 TEXT = "def main(): return 1\n\nThe quick brown fox jumps over the lazy dog.\n\n" * 40
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_bpe(iter([TEXT]), 280)
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """A tokenizer with fewer ids than bytes."""
+    vocabulary = {token: i for i, token in enumerate(["<end>", "?", *sorted(set(TEXT))])}
+    whole = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    whole.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<end>")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +83,16 @@ def test_models_of_transformers(name, run, tmp_path, tokenizer):
         (1, "ffn", 5),
     ]
     report.check_model(tmp_path / "model")
+
+
+def test_a_directory_of_ibm(run, tmp_path):
+    directory = shutil.copytree(IBM, tmp_path / "model")
+    characters().save_pretrained(directory)
+    code, _, err = run(directory, data=("notes=notes.txt",))
+    assert (code, err) == (0, "")
+    report = UsageReport.load(tmp_path / "out" / "usage.json")
+    assert {router.side for router in report.routers} == {"attn", "ffn"}
+    report.check_model(directory)
 
 
 @pytest.mark.parametrize(
