@@ -83,7 +83,8 @@ def measure_seed(seed: int, directory: Path) -> None:
 def table(results: list[Values]) -> str:
     lines = [
         f"Validation loss in nats per token, mean ± standard deviation over {len(results)} seeds. Tokens are those "
-        "that every part of the student was trained on; seconds are of the CPU, over all phases.",
+        "that every part of the student was trained on; seconds are of the CPU, over all phases, but for runs that "
+        "were killed in between. Pairs have 300 steps, or about 460 of these seconds.",
         "",
         "| training | million tokens | CPU s | Python | English | C | end-to-end tokens to scratch's last loss, % |",
         "|---|---|---|---|---|---|---|",
@@ -93,14 +94,15 @@ def table(results: list[Values]) -> str:
         if not measured:
             continue
         runs = [r[name] for r in measured]
-        title += f" ({len(runs)} seed)" if len(runs) == 1 else ""
+        if len(runs) < len(results):
+            title += f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
         losses = [
             mean_and_spread((run["validation"][d] for run in runs), "{:.3f}") for d in ("python", "english", "c")
         ]
         shares = [tokens_to_scratch(r, name) for r in measured]
         reached = "never" if None in shares else mean_and_spread(shares, "{:.0f}")
         tokens = mean_and_spread((run["student_tokens"] / 1e6 for run in runs), "{:.2f}")
-        seconds = mean_and_spread((run["cpu_seconds"] for run in runs), "{:.0f}")
+        seconds = mean_and_spread((run["cpu_seconds"] for run in runs if run["cpu_seconds"]), "{:.0f}")
         lines.append(f"| {title} | {tokens} | {seconds} | " + " | ".join(losses) + f" | {reached} |")
     return "\n".join(lines) + "\n"
 
@@ -119,11 +121,13 @@ def draw(results: list[Values], path: Path) -> None:
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     for number, (name, title) in enumerate(TITLES.items()):
         for i, result in enumerate(r for r in results if name in r):
-            run, look = result[name], {"color": f"C{number}", "label": title if i == 0 else None, "alpha": 0.8}
+            run, look = result[name], {"color": f"C{number}", "label": None if i else title, "alpha": 0.8}
             loss = [point[DOMAIN] for point in run["curve"][1:]]
             tokens = [point["tokens"] for point in run["curve"][1:]]
             before = run["student_tokens"] - tokens[-1]
             by_tokens.plot([(before + t) / 1e6 for t in tokens], loss, **look)
+            if not run["cpu_seconds"]:
+                continue
             last = run["phases"]["end to end"]["cpu_seconds"]
             before = run["cpu_seconds"] - last
             by_seconds.plot([before + last * t / tokens[-1] for t in tokens], loss, **look)

@@ -1,7 +1,6 @@
 """The optimizer, its parameter groups and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -34,11 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
-    """The optimizer that the config names, over all trainable parameters."""
-    return OPTIMIZERS[config.optimizer](model, config)
-
-
-def _adamw(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimizer:
+    """AdamW over all trainable parameters."""
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
@@ -46,9 +41,6 @@ def _adamw(model: nn.Module, config: OptimizationConfig) -> torch.optim.Optimize
         eps=config.epsilon,
         fused=True,
     )
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizationConfig], torch.optim.Optimizer]] = {"adamw": _adamw}
 
 
 def build_scheduler(

@@ -64,8 +64,6 @@ class OptimizationConfig(Section):
     """Blocks per forward pass and process."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimizer step and process."""
-    optimizer: Literal["adamw"] = "adamw"
-    """The update rule."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"

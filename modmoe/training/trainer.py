@@ -494,7 +494,7 @@ class ModMoETrainer(Trainer):
     def _write_checkpoint(self, directory: Path) -> None:
         assert self.lr_scheduler is not None
         schedule = {key: self.lr_scheduler.state_dict()[key] for key in ("last_epoch", "_step_count")}
-        values = {**self._engine_state.values(), "optimizer": self.run.optimization.optimizer, "schedule": schedule}
+        values = {**self._engine_state.values(), "schedule": schedule}
         values |= self._values()
 
         def complete() -> None:
@@ -562,9 +562,6 @@ class ModMoETrainer(Trainer):
             raise SharedError(f"cannot resume from {checkpoint}: {error}") from None
         try:
             state = ShardedState(checkpoint / STATE)
-            there, here = state.values["optimizer"], self.run.optimization.optimizer
-            if there != here:
-                raise SharedError(f"cannot resume from {checkpoint}: its optimizer is {there}, this run's {here}")
             self._engine_state.load(state)
             self._load_values(state.values)
         except (OSError, ValueError) as error:
