@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.mark.parametrize("name", ["specialise_and_prune", "extend"])
+@pytest.mark.parametrize("name", ["specialise_and_prune", "extend", "distill"])
 def test_a_table_is_that_of_its_measurements(name):
     seeds = sorted((RESULTS / name).glob("seed-*.json"))
     assert len(seeds) == 3
