@@ -66,9 +66,15 @@ def measure_seed(seed: int, directory: Path) -> None:
 
     def with_logits() -> dict[str, Any]:
         for part in ("teacher", "stages"):  # which are the same
-            shutil.copytree(directory / "modules" / part, directory / "modules-kd" / part, dirs_exist_ok=True)
+            if (directory / "modules" / part).exists():
+                shutil.copytree(directory / "modules" / part, directory / "modules-kd" / part, dirs_exist_ok=True)
         return student("modules-kd", "modules", LOGIT_STEPS, **LOGITS)
 
+    def scores_of_the_teacher() -> dict[str, float]:
+        scores = json.loads((teacher().parent / "results.json").read_text())
+        return {domain: score["nats_per_token"] for domain, score in scores.items()}
+
+    results.measure("teacher", scores_of_the_teacher)
     results.measure("modules", lambda: student("modules", "modules", LABEL_STEPS))
     results.measure("modules_kd", with_logits)
     for method in ("scratch", "logit_kd", "upcycle"):
@@ -84,7 +90,9 @@ def table(results: list[Values]) -> str:
     lines = [
         f"Validation loss in nats per token, mean ± standard deviation over {len(results)} seeds. Tokens are those "
         "that every part of the student was trained on; seconds are of the CPU, over all phases, but for runs that "
-        "were killed in between. Pairs have 300 steps, or about 460 of these seconds.",
+        "were killed in between. Pairs have 300 steps, or about 460 of these seconds. The teacher is at "
+        + ", ".join(f"{loss:.3f} ({domain})" for domain, loss in results[0]["teacher"].items())
+        + ".",
         "",
         "| training | million tokens | CPU s | Python | English | C | end-to-end tokens to scratch's last loss, % |",
         "|---|---|---|---|---|---|---|",
@@ -102,7 +110,9 @@ def table(results: list[Values]) -> str:
         shares = [tokens_to_scratch(r, name) for r in measured]
         reached = "never" if None in shares else mean_and_spread(shares, "{:.0f}")
         tokens = mean_and_spread((run["student_tokens"] / 1e6 for run in runs), "{:.2f}")
-        seconds = mean_and_spread((run["cpu_seconds"] for run in runs if run["cpu_seconds"]), "{:.0f}")
+        known = [run["cpu_seconds"] for run in runs if run["cpu_seconds"]]
+        seconds = mean_and_spread(known, "{:.0f}") if known else "not known"
+        seconds += f" ({len(known)} of {len(runs)})" if 0 < len(known) < len(runs) else ""
         lines.append(f"| {title} | {tokens} | {seconds} | " + " | ".join(losses) + f" | {reached} |")
     return "\n".join(lines) + "\n"
 

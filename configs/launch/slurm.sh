@@ -23,7 +23,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 ranks() {
-    srun --kill-on-bad-exit=1 bash -c '
+    # Newer versions of srun do not take --cpus-per-task from sbatch.
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 bash -c '
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID GROUP_RANK=$SLURM_NODEID
         export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
         exec python "$@"' bash "$@"

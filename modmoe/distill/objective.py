@@ -95,7 +95,8 @@ class Objective:
             relations: places to match relations at.
             token_mask: (B, T) bool, the real tokens of `hidden` and `relations`; None is all.
             num_items: valid tokens of the whole optimizer step; the loss is then this batch's share of the step's.
-            num_tokens: likewise its real tokens, of which `hidden` and `relations` are means.
+            num_tokens: likewise its real tokens, of which `hidden` and `relations` are means; without it they take the
+                share of `num_items`.
 
         Returns:
             "loss" with gradient, and its parts by name without gradient or weights, each a mean of this batch.
@@ -108,15 +109,19 @@ class Objective:
         if logits is not None:
             loss, parts = self._of_logits(logits, targets, teacher)
             loss = loss * share_of(targets != IGNORE_INDEX, num_items)
+
+        def token_share(states: States) -> torch.Tensor | float:
+            if num_tokens is None:
+                return share_of(targets != IGNORE_INDEX, num_items)
+            return share_of(_tokens(states, token_mask), num_tokens)
+
         if self.hidden_weight and hidden:
             parts["hidden"] = torch.stack([hidden_loss(*states, token_mask) for states in hidden]).mean()
-            share = share_of(_tokens(hidden[0], token_mask), num_tokens)
-            loss = loss + self.hidden_weight * share * parts["hidden"]
+            loss = loss + self.hidden_weight * token_share(hidden[0]) * parts["hidden"]
         if self.relation_weight and relations:
             values = [relation_loss(*states, token_mask, self.relation_heads) for states in relations]
             parts["relation"] = torch.stack(values).mean()
-            share = share_of(_tokens(relations[0], token_mask), num_tokens)
-            loss = loss + self.relation_weight * share * parts["relation"]
+            loss = loss + self.relation_weight * token_share(relations[0]) * parts["relation"]
         return {"loss": torch.as_tensor(loss)} | {name: value.detach() for name, value in parts.items()}
 
     def _of_logits(

@@ -63,9 +63,7 @@ class _Retiring:
 
     def scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         logits: torch.Tensor = super().scores(*args, **kwargs)  # type: ignore[misc]
-        gone = self.rows_out_of_softmax
-        # After them come rows of extensions.
-        return logits.masked_fill(F.pad(gone, (0, logits.shape[1] - len(gone))), _LOWEST)
+        return logits.masked_fill(self.rows_out_of_softmax, _LOWEST)
 
     def forward(self, *args: Any, **kwargs: Any) -> RouterOutput:
         output: RouterOutput = super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -71,6 +71,11 @@ def _launches(directory: Path) -> dict[str, Cost]:
     """By when they began, as far as they are known; of a run that begins anew the file is removed."""
     try:
         content = json.loads((directory / _FILE).read_text())
-    except (FileNotFoundError, ValueError):  # a damaged file must not hide how training ended
+        return {launch: Cost(*cost) for launch, cost in content.items()}
+    except (
+        FileNotFoundError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ):  # a damaged file must not hide how training ended
         return {}
-    return {launch: Cost(*cost) for launch, cost in content.items()}

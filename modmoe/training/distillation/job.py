@@ -17,8 +17,6 @@ from modmoe.losses.router import RouterStatistics
 from modmoe.models import ModMoEConfig
 from modmoe.training.distillation.signals import CachedSignals, split_signals
 
-Task = MetaFit | Incubation | StagePair
-
 _MEANS_OF_TOKENS = ("hidden", "relation")  # other losses are means of labels
 # Of the losses by name: the one that is trained on, one that has a place of its own, and routers' loads.
 _NOT_PARTS = ("loss", "cross_entropy", "router", "tokens_per_expert", "attn_tokens_per_expert")
@@ -102,7 +100,9 @@ class Job(nn.Module):
         tokens = real_tokens(batch)
         tokens = torch.ones_like(batch["input_ids"], dtype=torch.bool) if tokens is None else tokens
         of_labels = share_of(self.task.targets_of(batch) != IGNORE_INDEX, num_items_in_batch)
-        return _output(losses, of_labels, share_of(tokens, num_tokens_in_batch))
+        return _output(
+            losses, of_labels, of_labels if num_tokens_in_batch is None else share_of(tokens, num_tokens_in_batch)
+        )
 
     def router_statistics(self, **inputs: torch.Tensor) -> RouterStatistics | None:
         """See `StagePair.router_statistics`."""

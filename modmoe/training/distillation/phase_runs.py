@@ -86,7 +86,9 @@ class PhaseRuns:
             pairs = self._run.optimization_of("pairs.optimization").model_dump(mode="json")
             basis |= self._pairs | {"pair_optimization": pairs}
         elif method == "upcycle":
-            basis |= {"initialization": self._pairs["initialization"]}
+            # What decides which weights of the teacher each block takes, and through which projection.
+            basis |= {name: self._pairs[name] for name in ("initialization", "stages")}
+            basis["stitch"] = self._run.distillation.pairs.stitch
         return self._phase(
             EndToEndRun,
             self._places.finetuning_run,

@@ -193,7 +193,7 @@ def _cut(run: DistillRun, model: PreTrainedModel) -> CutModel:
             whole, joined = model(**ids).logits, parts(**ids).logits
     except ValueError as error:
         raise ConfigError(f"distillation.stages: {error}") from None
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise ConfigError(
             f"teacher: a {type(model).__name__} cannot be cut into stages ({error!r}): choose a model that is one "
             "stack of blocks between embeddings and a head"
@@ -213,9 +213,10 @@ def _cut_settings(run: DistillRun) -> dict[str, Any]:
 def _saved(places: Places) -> dict[str, Any]:
     path = places.teacher / _CUT
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove {places.teacher}, and it is cut again") from None
+        saved = json.loads(path.read_text())
+        return saved | {"parts": dict(saved["parts"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}): remove {places.teacher}, and it is cut again") from None
 
 
 def _check_same(run: DistillRun, places: Places) -> None:
@@ -256,8 +257,8 @@ def _check_parts(places: Places) -> None:
             problem = str(error)
         if problem is not None:
             raise ConfigError(
-                f"{part} is not what was cut ({problem}): copy {places.teacher} again from where that was done, or "
-                "remove it, and the teacher is cut anew"
+                f"{part} is not what was cut ({problem}): copy it again from where that was done, or remove "
+                f"{places.teacher}, and the teacher is cut anew"
             )
 
 

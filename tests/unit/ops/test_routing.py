@@ -155,7 +155,7 @@ def emulated_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("emulated_kernel")
-def test_door_of_the_compiled_kernel() -> None:
+def test_entry_of_the_compiled_kernel() -> None:
     torch.manual_seed(0)
     logits, mask = torch.randn(9, 5, requires_grad=True), torch.rand(9) > 0.3
     torch.library.opcheck(torch.ops.modmoe.route, (logits, 2, mask, torch.randn(5), True))
