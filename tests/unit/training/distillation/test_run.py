@@ -146,7 +146,7 @@ def test_parts_of_another_teacher_are_refused(unfinished, make):
     file = Places(unfinished).teacher_stage(1) / "model.safetensors"
     whole = file.read_bytes()
     save_file({name: tensor * 2 for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ConfigError, match=r"stage_01 is not what was cut \(.*other values.*\): copy .*/teacher again"):
+    with pytest.raises(ConfigError, match=r"stage_01 is not what was cut \(.*other values.*\): copy it again from"):
         distill(make(unfinished, {"stage": 0}), SCRIPT)
     file.write_bytes(whole[:-100])
     with pytest.raises(ConfigError, match=r"stage_01 is not what was cut \(.*is damaged or truncated"):
