@@ -126,10 +126,9 @@ class MixtureDataset(Dataset[Example]):
 class StreamingMixture(IterableDataset[Example]):
     """Like `MixtureDataset`, where at least one domain is tokenised on the fly.
 
-    Domain order and content are the same in every run. Its position is not saved: a resuming trainer
-    reads the examples it has already seen again and drops them, which costs their tokenisation. Streams keep the order
-    of their source.
-    With several data workers each reads everything and gives every n-th batch.
+    Domain order and content are the same in every run. Its position is not saved: a resuming trainer reads the
+    examples it has already seen again and drops them, which costs their tokenisation. Streams keep the order of their
+    source. With several data workers each reads everything and gives every n-th batch.
 
     Args:
         domains: blocks of each domain, stored or streamed.

@@ -15,8 +15,7 @@ def balanced_kmeans(
     Clusters of equal size with a small sum of squared distances to their means.
 
     Starts at random and never gets worse: points of each two clusters change places, then centroids move to the
-    means. At its end no two clusters gain by exchanging
-    points, unless `iterations` ends it first.
+    means. At its end no two clusters gain by exchanging points, unless `iterations` ends it first.
 
     Args:
         points: (N, D) floating point.

@@ -45,7 +45,7 @@ def active_before(pruning: Pruning) -> int:
         for pool in checkpoint.pools.values()
         for tensor in pool.experts
     )
-    return size_before(pruning).parameters - idle - _untouched(pruning)
+    return size_before(pruning).parameters - idle - _looked_up(pruning) - _idle_in_extensions(pruning)
 
 
 def active_after(pruning: Pruning) -> int:
@@ -55,25 +55,31 @@ def active_after(pruning: Pruning) -> int:
         new = pruning.pools[place]
         pool = sum(pruning.checkpoint.weights.spec(tensor.name).numel for tensor in old.experts)
         idle += pool * (len(new.experts) - new.top_k) // old.num_experts
-    return size_after(pruning).parameters - idle - _untouched(pruning)
+    return size_after(pruning).parameters - idle - _looked_up(pruning) - _idle_in_extensions(pruning)
 
 
-def _untouched(pruning: Pruning) -> int:
-    """Of the weights that stay: tables that are only looked up, and what a token does not use of extensions."""
+def _looked_up(pruning: Pruning) -> int:
+    """Tables of embeddings, without one that is the output layer as well."""
+    tables = ["embed_positions.weight"]
+    if not pruning.checkpoint.config.tie_word_embeddings:
+        tables.append("embed_tokens.weight")
+    weights = pruning.checkpoint.weights
+    return sum(weights.spec(name).numel for name in weights if name.endswith(tuple(tables)))
+
+
+def _idle_in_extensions(pruning: Pruning) -> int:
+    """What a token does not use of extensions, which pruning leaves as they are."""
     config, weights = pruning.checkpoint.config, pruning.checkpoint.weights
-    tables = (
-        ["embed_positions.weight"] if config.tie_word_embeddings else ["embed_positions.weight", "embed_tokens.weight"]
-    )
-    count = sum(weights.spec(name).numel for name in weights if name.endswith(tuple(tables)))
+    idle = 0
     for extension in config.extension_list() if isinstance(config, ModMoEConfig) else ():
         for name in weights:
             if extension.owns(name) and ".experts." in name:
-                spec, attention = weights.spec(name), ".self_attn." in name
-                used = extension.num_attn_experts_per_tok if attention else extension.num_experts_per_tok
+                attention, spec = ".self_attn." in name, weights.spec(name)
+                top_k = extension.num_attn_experts_per_tok if attention else extension.num_experts_per_tok
                 # Common experts have no slots of their own: one of them is used in place of an old one.
-                used = used if extension.mode == "group" else 0
-                count += spec.numel * (spec.shape[0] - used) // spec.shape[0]
-    return count
+                used = top_k if extension.mode == "group" else 0
+                idle += spec.numel * (spec.shape[0] - used) // spec.shape[0]
+    return idle
 
 
 def rows(pruning: Pruning) -> list[tuple[str, ...]]:

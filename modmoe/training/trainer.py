@@ -485,7 +485,7 @@ class ModMoETrainer(Trainer):
             try:
                 with writing(directory, self.run.output_dir):
                     self._write_checkpoint(directory)
-            except Exception:
+            except Exception:  # whatever it was, no half of a checkpoint stays
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
             if self.args.should_save:

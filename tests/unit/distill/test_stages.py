@@ -37,11 +37,11 @@ def test_a_cut_model_computes_what_the_model_computes(family):
     assert not torch.equal(packed, whole(**inputs(family)[0]).logits)
 
 
-# GPT-Neo's logits differ by 1e-6 once its frame has been read from a file; hidden states do not.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt-neo"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_saved_stages_and_joined_models_compute_the_same(family, tmp_path):
     model = build(family)
+    model.config.use_cache = False  # GPT-Neo's products sum in another order on keys from a cache
     whole = cut(model, UNEVEN)
     whole.save(tmp_path)
     expected = model(**text()).logits
