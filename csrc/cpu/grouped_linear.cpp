@@ -1,153 +1,300 @@
-// Products of ragged groups of rows with the matrices of their experts, one expert to a thread.
+// The grouped linear map, with the gather before it and the gates, sums over slots and the gates' gradient after it.
 //
-// torch's own matrix product does the arithmetic. It comes near the peak of one core on the few hundred rows that an
-// expert gets, but loses half of two cores to waiting when it splits so small a product among them; here each thread
-// has products of its own. The products bypass the dispatcher: its state (autograd, inference mode, autocast) belongs to
-// the calling thread and would be missing on the others.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+// Letters: N tokens, E experts, K experts per token, S = N K pairs. A sorted row belongs to the expert whose offsets it
+// lies between. float32 and float64, widths that are multiples of a vector.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
-#include "parallel.h"
+#include "expert_gemm.h"
+#include "units.h"
 
 namespace {
 
+using modmoe::ExpertGemm;
+using modmoe::Unit;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// oneDNN compiles a kernel for each new shape in 16 bits; multiples of this many rows make shapes come back.
-constexpr int64_t kGranule = 32;
-
-struct Matrix {
-  char* data;
-  int64_t rows, columns, row_stride, column_stride;
-
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-};
-
-// Rows [begin, end) of a 2-D tensor, or matrix `index` of a 3-D one.
-Matrix rows_of(const Tensor& x, int64_t begin, int64_t end) {
-  char* data = static_cast<char*>(x.data_ptr()) + begin * x.stride(0) * int64_t(x.element_size());
-  return {data, end - begin, x.size(1), x.stride(0), x.stride(1)};
+template <typename T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.data_ptr());
 }
 
-Matrix matrix_of(const Tensor& x, int64_t index) {
-  char* data = static_cast<char*>(x.data_ptr()) + index * x.stride(0) * int64_t(x.element_size());
-  return {data, x.size(1), x.size(2), x.stride(1), x.stride(2)};
-}
+// The plan: which pair is in a sorted row, and where the rows of an expert end.
+struct Plan {
+  const int64_t* order;
+  const int32_t* ends;
+  int64_t pairs, experts, top_k;
 
-Tensor tensor_of(const Matrix& m, const Tensor& like) {
-  return torch::stable::from_blob(m.data, {m.rows, m.columns}, {m.row_stride, m.column_stride}, like.device(),
-                                  like.scalar_type());
-}
-
-void multiply(const Matrix& out, const Matrix& a, const Matrix& b, const Tensor& like) {
-  const Tensor result = tensor_of(out, like), left = tensor_of(a, like), right = tensor_of(b, like);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
-}
-
-void fill_zero(const Matrix& contiguous, const Tensor& like) {
-  std::fill_n(contiguous.data, contiguous.rows * contiguous.columns * int64_t(like.element_size()), char(0));
-}
-
-// A part of one expert's work: rows [begin, end), or columns of its gradient.
-struct Unit {
-  int64_t expert, begin, end, work;
-};
-
-// f(unit) for each, dealt to the threads largest first, so that all have about the same work.
-template <class F>
-void spread(std::vector<Unit>& units, const F& f) {
-  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.work > b.work; });
-  const int64_t threads = modmoe::num_threads();
-  modmoe::Parallel()(threads, [&](int64_t thread) {
-    for (size_t i = thread; i < units.size(); i += threads) f(units[i]);
-  });
-}
-
-// Experts with more than their share of the rows are cut, so that no thread is left with most of the work.
-int64_t parts(int64_t rows, int64_t total) {
-  return std::clamp<int64_t>((2 * rows * modmoe::num_threads() + total - 1) / std::max<int64_t>(total, 1), 1,
-                             modmoe::num_threads());
-}
-
-void check(const Tensor& offsets, int64_t num_experts, int64_t num_rows) {
-  STD_TORCH_CHECK(offsets.numel() == num_experts && offsets.is_contiguous(), "there must be an offset for each expert");
-  const int32_t* end = static_cast<const int32_t*>(offsets.data_ptr());
-  for (int64_t e = 0; e < num_experts; ++e)
-    STD_TORCH_CHECK(end[e] >= (e ? end[e - 1] : 0) && end[e] <= num_rows, "offsets must rise from 0 to at most ",
-                    num_rows, " rows, got ", end[e], " for expert ", e);
-}
-
-// (S, in) rows times (E, in, out) weight of their expert -> (S, out); rows past the last offset are zero.
-Tensor grouped_multiply(Tensor rows, Tensor weight, Tensor offsets) {
-  STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(1), "shapes do not fit");
-  STD_TORCH_CHECK(rows.scalar_type() == weight.scalar_type(), "dtypes differ");
-  const int64_t num_experts = weight.size(0), total = rows.size(0);
-  check(offsets, num_experts, total);
-  const int32_t* ends = static_cast<const int32_t*>(offsets.data_ptr());
-  Tensor out = torch::stable::new_empty(rows, {total, weight.size(2)});
-  std::vector<Unit> units;
-  int64_t begin = 0;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const int64_t end = ends[e], share = (end - begin) / parts(end - begin, total);
-    const int64_t step = std::max(kGranule, (share + kGranule - 1) / kGranule * kGranule);
-    while (end - begin >= kGranule) {
-      const int64_t cut = begin + std::min(step, (end - begin) / kGranule * kGranule);
-      units.push_back({e, begin, cut, cut - begin});
-      begin = cut;
+  Plan(const Tensor& order_, const Tensor& offsets, int64_t experts_, int64_t top_k_)
+      : order(data<int64_t>(order_)), ends(data<int32_t>(offsets)), pairs(order_.numel()), experts(experts_),
+        top_k(top_k_) {
+    STD_TORCH_CHECK(order_.is_contiguous() && order_.scalar_type() == ScalarType::Long, "order must be int64");
+    STD_TORCH_CHECK(offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Int && offsets.numel() == experts,
+                    "there must be an int32 offset for each expert");
+    STD_TORCH_CHECK(top_k > 0 && pairs % top_k == 0, "top_k must divide the ", pairs, " pairs, got ", top_k);
+    for (int64_t e = 0; e < experts; ++e)
+      STD_TORCH_CHECK(end(e) >= begin(e) && end(e) <= pairs, "offsets must rise from 0 to at most ", pairs,
+                      " rows, got ", end(e), " for expert ", e);
+    std::vector<char> seen(pairs);
+    for (int64_t s = 0; s < pairs; ++s) {
+      STD_TORCH_CHECK(order[s] >= 0 && order[s] < pairs && !seen[order[s]], "order must hold each of ", pairs,
+                      " pairs once, got ", order[s], " in row ", s);
+      seen[order[s]] = 1;
     }
-    if (begin < end) units.push_back({e, begin, end, end - begin});
-    begin = end;
   }
-  spread(units, [&](const Unit& u) {
-    multiply(rows_of(out, u.begin, u.end), rows_of(rows, u.begin, u.end), matrix_of(weight, u.expert), rows);
-  });
-  fill_zero(rows_of(out, begin, total), rows);
-  return out;
+
+  int64_t begin(int64_t e) const { return e ? ends[e - 1] : 0; }
+  int64_t end(int64_t e) const { return ends[e]; }
+  int64_t rows() const { return experts ? ends[experts - 1] : 0; }
+};
+
+enum class Layout { token, pair, sorted };
+
+Layout layout_of(const std::string& name) {
+  STD_TORCH_CHECK(name == "token" || name == "pair" || name == "sorted", "there is no layout ", name);
+  return name == "token" ? Layout::token : name == "pair" ? Layout::pair : Layout::sorted;
 }
 
-// (S, out) and (S, in) rows -> (E, out, in), the sum over each expert's rows of left x right.
-Tensor grouped_outer(Tensor left, Tensor right, Tensor offsets) {
-  STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(0) == right.size(0), "shapes do not fit");
-  STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "dtypes differ");
-  const int64_t num_experts = offsets.numel(), total = left.size(0), width = left.size(1);
-  check(offsets, num_experts, total);
-  const int32_t* ends = static_cast<const int32_t*>(offsets.data_ptr());
-  Tensor out = torch::stable::new_empty(left, {num_experts, width, right.size(1)});
-  std::vector<Unit> units;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const int64_t rows = ends[e] - (e ? ends[e - 1] : 0), step = std::max<int64_t>(1, width / parts(rows, total));
-    for (int64_t column = 0; column < width; column += step)
-      units.push_back({e, column, std::min(width, column + step), rows * step});
+// A matrix whose rows are in some layout.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t width;
+  Layout layout;
+
+  T* at(const Plan& plan, int64_t sorted) const {
+    const int64_t row = layout == Layout::sorted ? sorted
+                        : layout == Layout::pair ? plan.order[sorted]
+                                                 : plan.order[sorted] / plan.top_k;
+    return data + row * width;
   }
-  spread(units, [&](const Unit& u) {
-    const int64_t from = u.expert ? ends[u.expert - 1] : 0, to = ends[u.expert];
-    Matrix gradient = matrix_of(out, u.expert), columns = rows_of(left, from, to);
-    gradient = {gradient.data + u.begin * gradient.row_stride * int64_t(out.element_size()), u.end - u.begin,
-                gradient.columns, gradient.row_stride, gradient.column_stride};
-    columns = {columns.data + u.begin * columns.column_stride * int64_t(left.element_size()), columns.rows,
-               u.end - u.begin, columns.row_stride, columns.column_stride};
-    if (from == to)
-      fill_zero(gradient, out);
-    else
-      multiply(gradient, columns.transposed(), rows_of(right, from, to), left);
+
+  std::vector<T*> range(const Plan& plan, int64_t begin, int64_t end) const {
+    std::vector<T*> rows(end - begin);
+    for (int64_t s = begin; s < end; ++s) rows[s - begin] = at(plan, s);
+    return rows;
+  }
+};
+
+template <typename T>
+Rows<const T> rows_of(const Tensor& x, const Plan& plan, const std::string& name, int64_t width) {
+  const Layout layout = layout_of(name);
+  const int64_t count = layout == Layout::token ? plan.pairs / plan.top_k : plan.pairs;
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == count && x.size(1) == width && x.is_contiguous(), "there must be ",
+                  count, " contiguous rows of ", width);
+  return {data<const T>(x), width, layout};
+}
+
+// Gates of the rows from sorted row `begin` on; ones where there are none.
+template <typename T>
+std::vector<T> scales(const T* gates, const Plan& plan, int64_t begin, int64_t end) {
+  std::vector<T> scale(end - begin, T(1));
+  if (gates)
+    for (int64_t s = begin; s < end; ++s) scale[s - begin] = gates[plan.order[s]];
+  return scale;
+}
+
+template <typename T>
+const T* gates_of(const std::optional<Tensor>& gates, const Plan& plan) {
+  if (!gates) return nullptr;
+  STD_TORCH_CHECK(gates->is_contiguous() && gates->numel() == plan.pairs, "there must be a gate for each pair");
+  return data<const T>(*gates);
+}
+
+// Rows to be written, with their gates. Tokens are sums over slots: their pairs are written first, and then added.
+template <typename T>
+class Result {
+ public:
+  Result(const Tensor& like, const Plan& plan, const std::string& layout, int64_t width, const T* gates)
+      : plan_(plan), sums_(layout_of(layout) == Layout::token), gates_(gates),
+        written_(torch::stable::new_empty(like, {plan.pairs, width})),
+        rows_{data<T>(written_), width, sums_ ? Layout::pair : layout_of(layout)} {
+    for (int64_t s = plan.rows(); s < plan.pairs; ++s) std::fill_n(rows_.at(plan, s), width, T(0));
+  }
+
+  const Rows<T>& rows() const { return rows_; }
+  std::vector<T> row_scales(int64_t begin, int64_t end) const {
+    return scales(sums_ ? nullptr : gates_, plan_, begin, end);
+  }
+
+  Tensor finish() const {
+    if (!sums_) return written_;
+    const int64_t width = rows_.width, slots = plan_.top_k;
+    Tensor out = torch::stable::new_empty(written_, {plan_.pairs / slots, width});
+    T* const to = data<T>(out);
+    modmoe::Parallel()(plan_.pairs / slots, [&](int64_t token) {
+      modmoe::weighted_sum(rows_.data + token * slots * width, gates_ ? gates_ + token * slots : nullptr, slots, width,
+                           to + token * width);
+    });
+    return out;
+  }
+
+ private:
+  const Plan& plan_;
+  bool sums_;
+  const T* gates_;
+  Tensor written_;
+  Rows<T> rows_;
+};
+
+// The rows of all experts, in units that keep the threads equally busy.
+template <typename T>
+std::vector<Unit> units_of_rows(const Plan& plan) {
+  using Gemm = ExpertGemm<T>;
+  const int64_t share = plan.rows() / (4 * modmoe::num_threads());
+  const int64_t step = std::clamp(share / Gemm::kColumns * Gemm::kColumns, Gemm::kColumns, Gemm::kMaxRows);
+  std::vector<Unit> units;
+  for (int64_t e = 0; e < plan.experts; ++e)
+    for (int64_t begin = plan.begin(e); begin < plan.end(e); begin += step) {
+      const int64_t end = std::min(begin + step, plan.end(e));
+      units.push_back({e, begin, end, end - begin});
+    }
+  return units;
+}
+
+// The columns of all gradients, in such units. An expert without rows has a gradient too, of zeros.
+std::vector<Unit> units_of_columns(const Plan& plan, int64_t width) {
+  const int64_t share = std::max<int64_t>(plan.rows() * width / (4 * modmoe::num_threads()), 1);
+  std::vector<Unit> units;
+  for (int64_t e = 0; e < plan.experts; ++e) {
+    const int64_t rows = plan.end(e) - plan.begin(e), parts = 1 + rows * width / share;
+    const int64_t step = (width + parts - 1) / parts;
+    for (int64_t begin = 0; begin < width; begin += step)
+      units.push_back({e, begin, std::min(begin + step, width), std::max<int64_t>(rows, 1) * step});
+  }
+  return units;
+}
+
+template <typename T>
+T* matrix_of(const Tensor& weight, int64_t expert) {
+  return data<T>(weight) + expert * weight.stride(0);
+}
+
+void check_weight(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.stride(2) == 1 && weight.stride(1) == weight.size(2),
+                  "the matrix of each expert must be contiguous");
+}
+
+template <typename T>
+Tensor forward(const Tensor& x, const Tensor& weight, const Plan& plan, const std::optional<Tensor>& gates,
+               const std::string& source, const std::string& target) {
+  const int64_t out = weight.size(1), in = weight.size(2);
+  const Rows<const T> from = rows_of<T>(x, plan, source, in);
+  const Result<T> result(x, plan, target, out, gates_of<T>(gates, plan));
+  modmoe::spread(units_of_rows<T>(plan), [&](const auto& next) {
+    ExpertGemm<T> gemm;
+    while (const Unit* u = next()) {
+      const auto x_rows = from.range(plan, u->begin, u->end);
+      const auto y_rows = result.rows().range(plan, u->begin, u->end);
+      const auto scale = result.row_scales(u->begin, u->end);
+      gemm.multiply_transposed(x_rows.data(), y_rows.data(), scale.data(), u->end - u->begin,
+                               matrix_of<const T>(weight, u->expert), in, out);
+    }
   });
-  return out;
+  return result.finish();
+}
+
+// Gradients of x and of the gates: with u = w^T dy of a row, <u, x> is its gate's and gate * u is the row's.
+template <typename T>
+void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tensor& weight, const Plan& plan,
+                     const Result<T>* dx, T* dgates) {
+  modmoe::spread(units_of_rows<T>(plan), [&](const auto& next) {
+    ExpertGemm<T> gemm;
+    std::vector<T> dots(ExpertGemm<T>::kMaxRows);
+    while (const Unit* u = next()) {
+      const auto dy_rows = dy.range(plan, u->begin, u->end), x_rows = x.range(plan, u->begin, u->end);
+      std::vector<T*> dx_rows;
+      std::vector<T> scale;
+      if (dx) dx_rows = dx->rows().range(plan, u->begin, u->end), scale = dx->row_scales(u->begin, u->end);
+      gemm.multiply(dy_rows.data(), u->end - u->begin, matrix_of<const T>(weight, u->expert), x.width, dy.width,
+                    x_rows.data(), dgates ? dots.data() : nullptr, dx ? dx_rows.data() : nullptr, scale.data());
+      if (dgates)
+        for (int64_t s = u->begin; s < u->end; ++s) dgates[plan.order[s]] = dots[s - u->begin];
+    }
+  });
+}
+
+template <typename T>
+void weight_gradient(const Rows<const T>& dy, const Rows<const T>& x, const Plan& plan, const T* gates,
+                     const Tensor& dweight) {
+  modmoe::spread(units_of_columns(plan, dy.width), [&](const auto& next) {
+    ExpertGemm<T> gemm;
+    while (const Unit* u = next()) {
+      const int64_t begin = plan.begin(u->expert), end = plan.end(u->expert);
+      T* gradient = matrix_of<T>(dweight, u->expert);
+      if (begin == end) {
+        std::fill_n(gradient + u->begin * x.width, (u->end - u->begin) * x.width, T(0));
+        continue;
+      }
+      const auto dy_rows = dy.range(plan, begin, end), x_rows = x.range(plan, begin, end);
+      const auto scale = scales(gates, plan, begin, end);
+      gemm.outer(dy_rows.data(), x_rows.data(), scale.data(), end - begin, gradient, x.width, u->begin, u->end);
+    }
+  });
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Plan& plan,
+                                            const std::optional<Tensor>& gates, const std::string& source,
+                                            const std::string& target, bool needs_x, bool needs_weight,
+                                            bool needs_gates) {
+  const int64_t out = weight.size(1), in = weight.size(2);
+  const Rows<const T> dy_rows = rows_of<T>(dy, plan, target, out), x_rows = rows_of<T>(x, plan, source, in);
+  const T* const gate = gates_of<T>(gates, plan);
+  Tensor dx = torch::stable::new_empty(x, {0});
+  Tensor dgates = torch::stable::new_zeros(x, {needs_gates ? plan.pairs : 0});
+  Tensor dweight =
+      needs_weight ? torch::stable::new_empty(weight, {plan.experts, out, in}) : torch::stable::new_empty(weight, {0});
+  std::optional<Result<T>> dx_rows;
+  if (needs_x) dx_rows.emplace(x, plan, source, in, gate);
+  if (needs_x || needs_gates)
+    input_gradients<T>(dy_rows, x_rows, weight, plan, needs_x ? &*dx_rows : nullptr,
+                       needs_gates ? data<T>(dgates) : nullptr);
+  if (needs_x) dx = dx_rows->finish();
+  if (needs_weight) weight_gradient<T>(dy_rows, x_rows, plan, gate, dweight);
+  return {dx, dweight, dgates};
+}
+
+Tensor grouped_linear(Tensor x, Tensor weight, Tensor order, Tensor offsets, std::optional<Tensor> gates,
+                      int64_t top_k, std::string source, std::string target) {
+  check_weight(weight);
+  const Plan plan(order, offsets, weight.size(0), top_k);
+  return x.scalar_type() == ScalarType::Double ? forward<double>(x, weight, plan, gates, source, target)
+                                               : forward<float>(x, weight, plan, gates, source, target);
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor order,
+                                                           Tensor offsets, std::optional<Tensor> gates, int64_t top_k,
+                                                           std::string source, std::string target, bool needs_x,
+                                                           bool needs_weight, bool needs_gates) {
+  check_weight(weight);
+  const Plan plan(order, offsets, weight.size(0), top_k);
+  const auto run = x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return run(dy, x, weight, plan, gates, source, target, needs_x, needs_weight, needs_gates);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(modmoe_cpu, m) {
-  m.def("grouped_multiply(Tensor rows, Tensor weight, Tensor offsets) -> Tensor");
-  m.def("grouped_outer(Tensor left, Tensor right, Tensor offsets) -> Tensor");
+  m.def(
+      "grouped_linear(Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor? gates, int top_k, str source, "
+      "str target) -> Tensor");
+  m.def(
+      "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor? gates, "
+      "int top_k, str source, str target, bool needs_x, bool needs_weight, bool needs_gates) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modmoe_cpu, CPU, m) {
-  m.impl("grouped_multiply", TORCH_BOX(&grouped_multiply));
-  m.impl("grouped_outer", TORCH_BOX(&grouped_outer));
+  m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
+  m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward));
 }

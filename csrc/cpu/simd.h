@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace modmoe {
 
@@ -66,6 +67,50 @@ inline T sum_of_lanes(typename Simd<T, Bytes>::V v) {
     T sum = v[0];
     for (int lane = 1; lane < Simd<T, Bytes>::kLanes; ++lane) sum += v[lane];
     return sum;
+  }
+}
+
+// Vectors at addresses of any alignment.
+template <class V, typename T>
+inline V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, typename T>
+inline void store(T* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// The first (High: second) halves of a and b, by turns: a0 b0 a1 b1 ...
+template <bool High, typename T, int Bytes, int... Lane>
+inline typename Simd<T, Bytes>::V interleave(typename Simd<T, Bytes>::V a, typename Simd<T, Bytes>::V b,
+                                             std::integer_sequence<int, Lane...>) {
+  constexpr int L = Simd<T, Bytes>::kLanes, kFirst = High ? L / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (kFirst + Lane / 2 + Lane % 2 * L)...);
+#else
+  return __builtin_shuffle(a, b, typename Simd<T, Bytes>::I{(kFirst + Lane / 2 + Lane % 2 * L)...});
+#endif
+}
+
+// Transposes the square of as many vectors as one has lanes: log2(lanes) perfect shuffles.
+template <typename T, int Bytes>
+inline void transpose(typename Simd<T, Bytes>::V* square) {
+  using V = typename Simd<T, Bytes>::V;
+  constexpr int L = Simd<T, Bytes>::kLanes;
+  constexpr auto kLanes = std::make_integer_sequence<int, L>();
+#pragma GCC unroll 4
+  for (int round = 1; round < L; round *= 2) {
+    V shuffled[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      shuffled[2 * i] = interleave<false, T, Bytes>(square[i], square[i + L / 2], kLanes);
+      shuffled[2 * i + 1] = interleave<true, T, Bytes>(square[i], square[i + L / 2], kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = shuffled[i];
   }
 }
 

@@ -194,9 +194,9 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
   for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
     from = std::max(tile.oldest, to - kKeyBlock);
     const int block = int(to - from);
-    gemm(tile.keys(from), queries, kWide, z, kWide, block, kWide, p.dim, false);
+    gemm<NarrowTile>(tile.keys(from), queries, kWide, z, kWide, block, kWide, p.dim, false);
     tile.break_sticks(z, static_cast<V*>(nullptr), stick, from, to);
-    gemm(tile.values_by_dim(from), z, kWide, sum, kWide, int(p.dim), kWide, block, true);
+    gemm<NarrowTile>(tile.values_by_dim(from), z, kWide, sum, kWide, int(p.dim), kWide, block, true);
     if (tile.used_up(stick, from)) break;
   }
   tile.store_columns(sum, 1, out);
@@ -347,7 +347,7 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
     from = std::max(tile.oldest, to - kKeyBlock);
     V* const z = weights.data() + (from - tile.oldest) * kWide;
-    gemm(tile.keys(from), columns, kWide, z, kWide, int(to - from), kWide, p.dim, false);
+    gemm<NarrowTile>(tile.keys(from), columns, kWide, z, kWide, int(to - from), kWide, p.dim, false);
     tile.break_sticks(z, sigmoids.data() + (from - tile.oldest) * kWide, stick, from, to);
     if (tile.used_up(stick, from)) {
       stop = from;
@@ -365,15 +365,15 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
     V* const w = weights.data() + (from - tile.oldest) * kWide;
     const V* const beta = sigmoids.data() + (from - tile.oldest) * kWide;
     const Left<T, false> weight_rows{reinterpret_cast<const T*>(w), kRows};
-    gemm(tile.values(from), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
-    gemm(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    gemm<NarrowTile>(tile.values(from), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
+    gemm<NarrowTile>(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
     for (int i = 0; i < block * kWide; ++i) {
       const V a = w[i] * dweights[i];
       taken[i % kWide] += a;
       w[i] = a - beta[i] * taken[i % kWide];  // from here on the gradient of z
     }
-    gemm(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
-    gemm(tile.keys_by_dim(from), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
+    gemm<NarrowTile>(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    gemm<NarrowTile>(tile.keys_by_dim(from), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
   }
   tile.store_columns(dq, p.scale, g.dq);
 }

@@ -1,13 +1,18 @@
-"""The grouped linear map on the CPU with the products of csrc/cpu/grouped_linear.cpp; PyTorch gathers and sums."""
+"""The grouped linear map on the CPU with the kernels of csrc/cpu.
 
-import functools
+float32 and float64 with widths that fill vectors run in one kernel, gather and sums included (grouped_linear.cpp). All
+else takes torch's own products, one expert per thread (grouped_products.cpp); there, PyTorch gathers and sums.
+"""
 
 import torch
 from torch import Tensor
 
 from . import grouped_linear_torch
+from .backend import without_autocast
 from .build import library_problem
 from .grouped_linear_torch import Products
+
+_VECTOR = 64  # bytes; the widest that any processor has
 
 
 def problem(x: Tensor) -> str | None:
@@ -15,6 +20,66 @@ def problem(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"it is for the CPU, the tensors are on {x.device.type!r}"
     return library_problem("cpu")
+
+
+@without_autocast
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    gates: Tensor | None,
+    top_k: int,
+    source: str,
+    target: str,
+) -> Tensor:
+    """See `ops.grouped_linear`."""
+    if not _fills_vectors(weight):
+        layout = (order, inverse, offsets, gates, top_k, source, target)
+        return grouped_linear_torch.forward(x, weight, *layout, products=_PRODUCTS)
+    gates = None if gates is None else gates.to(x.dtype).contiguous()
+    plan = (order.contiguous(), offsets.contiguous())
+    out: Tensor = torch.ops.modmoe_cpu.grouped_linear(x.contiguous(), weight, *plan, gates, top_k, source, target)
+    return out
+
+
+@without_autocast
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    inverse: Tensor,
+    offsets: Tensor,
+    gates: Tensor | None,
+    top_k: int,
+    source: str,
+    target: str,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and gates; an empty tensor where one is not needed."""
+    needs = (needs_x, needs_weight, needs_gates)
+    if not _fills_vectors(weight):
+        layout = (order, inverse, offsets, gates, top_k, source, target)
+        return grouped_linear_torch.backward(dy, x, weight, *layout, *needs, products=_PRODUCTS)
+    work_gates = None if gates is None else gates.to(x.dtype).contiguous()
+    plan = (order.contiguous(), offsets.contiguous())
+    rows = (dy.contiguous(), x.contiguous())
+    dx, dweight, dgates = torch.ops.modmoe_cpu.grouped_linear_backward(
+        *rows, weight, *plan, work_gates, top_k, source, target, *needs
+    )
+    if gates is not None and needs_gates:
+        dgates = dgates.view_as(gates).to(gates.dtype)
+    return dx, dweight, dgates
+
+
+def _fills_vectors(weight: Tensor) -> bool:
+    _, out, width = weight.shape
+    fills = all(size > 0 and size * weight.itemsize % _VECTOR == 0 for size in (out, width))
+    return weight.dtype in (torch.float32, torch.float64) and fills and weight.stride()[1:] == (width, 1)
 
 
 # Detached, because the products run on threads that do not know that autograd has been told already.
@@ -31,5 +96,3 @@ def _outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
 
 
 _PRODUCTS = Products(_multiply, _outer)
-forward = functools.partial(grouped_linear_torch.forward, products=_PRODUCTS)
-backward = functools.partial(grouped_linear_torch.backward, products=_PRODUCTS)

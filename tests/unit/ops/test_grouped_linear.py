@@ -24,6 +24,9 @@ from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_devic
 
 # (tokens, top_k, experts, in, out)
 SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9), (4, 2, 3, 0, 5), (4, 2, 3, 5, 0)]
+# Widths that fill vectors: the C++ kernel takes these itself.
+SIZES += [(1, 1, 1, 8, 16), (1, 2, 32, 8, 8), (7, 2, 3, 40, 8), (23, 3, 6, 16, 72), (4, 2, 3, 0, 8), (4, 2, 3, 8, 0)]
+NARROW_AND_WIDE = pytest.mark.parametrize("widths", [(4, 5), (16, 32)], ids=str)
 
 
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
@@ -110,10 +113,11 @@ def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )
+@pytest.mark.parametrize("widths", [(17, 33), (48, 80)], ids=str)
 @pytest.mark.parametrize(("source", "target"), [("token", "sorted"), ("sorted", "token"), ("pair", "token")])
-def test_precision(source: str, target: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_precision(source: str, target: str, widths: tuple[int, int], dtype: torch.dtype, tolerance: float) -> None:
     """Many rows per expert, so that the cut of low-precision products is met; errors are relative L2."""
-    size = (301, 2, 3, 17, 33)
+    size = (301, 2, 3, *widths)
     x, weight, gates, plan, _ = make(size, source, dtype)
 
     def run(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
@@ -130,6 +134,23 @@ def test_precision(source: str, target: str, dtype: torch.dtype, tolerance: floa
         assert (a.double() - b).norm() <= tolerance * b.norm(), name
 
 
+@pytest.mark.parametrize("tokens", [520, 577, 1090])
+@pytest.mark.parametrize(("source", "target"), [("token", "sorted"), ("sorted", "token"), ("pair", "pair")])
+def test_more_than_a_block(source: str, target: str, tokens: int) -> None:
+    """Rows, depth and columns that do not fit into one block of the C++ kernel, with every kind of rest."""
+    x, weight, gates, plan, _ = make((tokens, 2, 2, 520, 536), source, masked=0.0)
+
+    def run(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
+        return grouped_linear(x, weight, plan, top_k=2, source=source, target=target, gates=gates)
+
+    actual, actual_grads = gradients(run, x, weight, gates)
+    with use_backend("reference"):
+        expected, expected_grads = gradients(run, x, weight, gates)
+    torch.testing.assert_close(actual, expected)
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(actual_grads[name], grad, msg=lambda m, name=name: f"gradient of {name}: {m}")
+
+
 def test_spans_come_back_in_few_shapes() -> None:
     offsets = torch.tensor([3, 3, 80, 144], dtype=torch.int32)
     rows = torch.empty(144, 1)
@@ -137,8 +158,9 @@ def test_spans_come_back_in_few_shapes() -> None:
     assert list(_spans(offsets, rows.bfloat16())) == [(0, 0, 3), (2, 3, 67), (2, 67, 80), (3, 80, 144)]
 
 
-def test_gradcheck() -> None:
-    x, weight, gates, plan, _ = make((5, 2, 4, 3, 2), "token")
+@NARROW_AND_WIDE
+def test_gradcheck(widths: tuple[int, int]) -> None:
+    x, weight, gates, plan, _ = make((5, 2, 4, *widths), "token")
     for tensor in (x, weight, gates):
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(
@@ -156,8 +178,9 @@ def test_no_second_derivative() -> None:
 
 @pytest.mark.parametrize("target", LAYOUTS)
 @pytest.mark.parametrize("source", LAYOUTS)
-def test_all_tokens_masked(source: str, target: str) -> None:
-    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), source, masked=1.1)
+@NARROW_AND_WIDE
+def test_all_tokens_masked(widths: tuple[int, int], source: str, target: str) -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, *widths), source, masked=1.1)
     x[:] = float("nan")  # rows that nobody owns are never read
     out, grads = gradients(
         lambda x, weight, gates: grouped_linear(x, weight, plan, top_k=2, source=source, target=target, gates=gates),
@@ -169,8 +192,9 @@ def test_all_tokens_masked(source: str, target: str) -> None:
     assert all(grad.abs().max() == 0 for grad in grads.values())
 
 
-def test_stride_zero_and_non_contiguous() -> None:
-    x, weight, gates, plan, _ = make((6, 2, 3, 4, 5), "token")
+@NARROW_AND_WIDE
+def test_stride_zero_and_non_contiguous(widths: tuple[int, int]) -> None:
+    x, weight, gates, plan, _ = make((6, 2, 3, *widths), "token")
     contiguous = grouped_linear(x, weight, plan, top_k=2, gates=gates)
     strided = grouped_linear(
         x.T.contiguous().T, weight.mT.contiguous().mT, plan, top_k=2, gates=gates.T.contiguous().T
@@ -185,9 +209,10 @@ def test_stride_zero_and_non_contiguous() -> None:
         torch.testing.assert_close(leaf.grad, ones.grad)
 
 
-def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@NARROW_AND_WIDE
+def test_only_needed_gradients(widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen experts cost no weight gradient, and the gate's gradient does not depend on who else wants one."""
-    x, weight, gates, plan, _ = make((9, 2, 3, 4, 5), "token")
+    x, weight, gates, plan, _ = make((9, 2, 3, *widths), "token")
     _, full = gradients(lambda x, w, g: grouped_linear(x, w, plan, top_k=2, gates=g), x, weight, gates)
     monkeypatch.setattr(
         sys.modules["modmoe.ops.grouped_linear_torch"],
@@ -204,8 +229,9 @@ def test_only_needed_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(tensors[name].grad, full[name], msg=name)
 
 
-def test_bitwise_rerun() -> None:
-    x, weight, gates, plan, _ = make((200, 2, 4, 16, 8), "token", torch.float32)
+@NARROW_AND_WIDE
+def test_bitwise_rerun(widths: tuple[int, int]) -> None:
+    x, weight, gates, plan, _ = make((200, 2, 4, *widths), "token", torch.float32)
     runs = [
         gradients(lambda x, w, g: grouped_linear(x, w, plan, top_k=2, gates=g), x, weight, gates) for _ in range(3)
     ]
@@ -229,8 +255,9 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_well_behaved_op(source: str, target: str) -> None:
-    x, weight, gates, plan, _ = make((4, 2, 3, 4, 5), source, torch.float32)
+@NARROW_AND_WIDE
+def test_well_behaved_op(widths: tuple[int, int], source: str, target: str) -> None:
+    x, weight, gates, plan, _ = make((4, 2, 3, *widths), source, torch.float32)
     tensors = (x.requires_grad_(), weight.requires_grad_(), plan.order, plan.inverse, plan.offsets)
     arguments = (*tensors, gates.requires_grad_(), 2, source, target, "auto")
     out = torch.ops.modmoe.grouped_linear(*arguments)
@@ -358,27 +385,40 @@ def test_errors_name_the_value() -> None:
 @pytest.mark.parametrize(
     ("offsets", "message"), [([3, 2, 14], "got 2 for expert 1"), ([3, 5, 99], "got 99 for expert 2")]
 )
-def test_offsets_that_do_not_fit(offsets: list[int], message: str) -> None:
+@NARROW_AND_WIDE
+def test_offsets_that_do_not_fit(widths: tuple[int, int], offsets: list[int], message: str) -> None:
     """On the CPU the products look at the offsets before they read by them."""
-    x, weight, gates, plan, _ = make((7, 2, 3, 5, 3), "token", torch.float32)
+    x, weight, gates, plan, _ = make((7, 2, 3, *widths), "token", torch.float32)
     broken = plan._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
     with pytest.raises((RuntimeError, ValueError), match=f"offsets must rise from 0 to at most 14 rows, {message}"):
         grouped_linear(x, weight, broken, top_k=2, gates=gates)
 
 
-def test_inference_mode(implementation: str) -> None:
+@NARROW_AND_WIDE
+def test_orders_that_are_not_permutations(widths: tuple[int, int]) -> None:
+    x, weight, gates, plan, _ = make((7, 2, 3, *widths), "pair", torch.float32)
+    for broken in (-1, 14):
+        order = plan.order.clone()
+        order[3] = broken
+        with pytest.raises((RuntimeError, IndexError), match="out of range|each of 14 pairs once, got .* in row 3"):
+            grouped_linear(x, weight, plan._replace(order=order), top_k=2, source="pair", gates=gates)
+
+
+@NARROW_AND_WIDE
+def test_inference_mode(widths: tuple[int, int], implementation: str) -> None:
     """Its tensors may not be written to from a thread that is outside."""
-    x, weight, gates, plan, _ = make((64, 2, 3, 8, 8), "token", torch.float32)
+    x, weight, gates, plan, _ = make((64, 2, 3, *widths), "token", torch.float32)
     expected = grouped_linear(x, weight, plan, top_k=2, gates=gates)
     with torch.inference_mode():
-        inside = make((64, 2, 3, 8, 8), "token", torch.float32)
+        inside = make((64, 2, 3, *widths), "token", torch.float32)
         assert torch.equal(grouped_linear(*inside[:2], inside[3], top_k=2, gates=inside[2]), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_any_number_of_threads(threads: int) -> None:
+@NARROW_AND_WIDE
+def test_any_number_of_threads(widths: tuple[int, int], threads: int) -> None:
     before = torch.get_num_threads()
-    x, weight, gates, plan, _ = make((301, 2, 3, 17, 33), "token", torch.float32)
+    x, weight, gates, plan, _ = make((301, 2, 3, *widths), "token", torch.float32)
 
     def run(x: Tensor, weight: Tensor, gates: Tensor) -> Tensor:
         return grouped_linear(x, weight, plan, top_k=2, gates=gates)

@@ -1,5 +1,6 @@
 """Waiting and comparing through the store, with threads for ranks."""
 
+import socket
 import threading
 import time
 
@@ -104,13 +105,14 @@ def test_the_fingerprint_of_the_data(make_run):
 
 
 def test_a_port_that_is_taken_and_an_address_that_does_not_answer(monkeypatch):
-    taken = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", str(taken.port))
-    with pytest.raises(RunError, match=f"port {taken.port} of 127.0.0.1 is taken.*--master_port"):
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(RunError, match=f"port {port} of 127.0.0.1 is taken.*--master_port"):
         join(0.5, 1)
-    del taken
+    taken.close()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_PORT", "1")
     begun = time.monotonic()

@@ -1,0 +1,31 @@
+// Work on ragged groups of rows, cut into units for threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "parallel.h"
+
+namespace modmoe {
+
+// A part of one expert's work: rows [begin, end), or columns of its gradient.
+struct Unit {
+  int64_t expert, begin, end, work;
+};
+
+// run(next) on each thread; next() gives it a unit, and null when all are taken. Largest first, so that no thread is left
+// with a large one at the end.
+template <class Run>
+void spread(std::vector<Unit> units, const Run& run) {
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.work > b.work; });
+  std::atomic<size_t> taken{0};
+  const auto next = [&]() -> const Unit* {
+    const size_t i = taken++;
+    return i < units.size() ? &units[i] : nullptr;
+  };
+  Parallel()(std::min<int64_t>(num_threads(), units.size()), [&](int64_t) { run(next); });
+}
+
+}  // namespace modmoe
