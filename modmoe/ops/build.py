@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -136,10 +137,13 @@ class _Plan:
         return digest.hexdigest()[:16]
 
     def compile(self, scratch: Path) -> Path:
-        objects = []
-        for source, command in self.objects:
-            objects.append(str(scratch / f"{source.name}.o"))
-            _run([*command, "-c", str(source), "-o", objects[-1]])
+        objects = [str(scratch / f"{source.name}.o") for source, _ in self.objects]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = (
+                [*command, "-c", str(source), "-o", out]
+                for (source, command), out in zip(self.objects, objects, strict=True)
+            )
+            list(pool.map(_run, commands))
         result = scratch / "library.so"
         _run([*self.link, "-shared", "-o", str(result), *objects, *_torch_libraries()])
         return result
