@@ -25,6 +25,7 @@ from modmoe.layers import grouped_experts, megablocks, stickbreaking
 from modmoe.layers.added_experts import RouterRows
 from modmoe.layers.experts import ExpertLinear, GatedFFN, PlainFFN
 from modmoe.layers.router import Router
+from modmoe.losses.cross_entropy import causal_lm_loss
 from modmoe.losses.router import RouterLosses, RouterStatistics, router_losses
 from modmoe.models.blocks import LayerOutput, ModMoEAttention, ModMoEDecoderLayer, norm
 from modmoe.models.configuration_modmoe import ModMoEConfig
@@ -426,6 +427,7 @@ class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
         self.model = ModMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = causal_lm_loss
         self.post_init()
 
     @can_return_tuple

@@ -1,0 +1,109 @@
+"""The cross entropy of a language model, without full-size copies of the logits.
+
+PyTorch's own makes up to four tensors as large as the logits, in float32: the cast, the log-softmax and a gradient of
+each. Here the logits are read in chunks of rows, once forward and once backward, and the gradient is the only new
+tensor of their size, in their dtype. Letters: N tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Numbers in a chunk: on a CPU few enough to stay in its cache, on other devices enough to keep them busy.
+_CPU_CHUNK, _DEVICE_CHUNK = 2**19, 2**25
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """The loss of next tokens, as transformers' `ForCausalLMLoss` and with its arguments.
+
+    Args:
+        logits: (..., T, V), any floating dtype; sums are taken in float32 (float64 for float64).
+        labels: (..., T), the tokens themselves; position t is to predict label t + 1.
+        vocab_size: V.
+        num_items_in_batch: divides the sum over tokens; without it the loss is the mean over them.
+        ignore_index: label of tokens that do not count.
+        shift_labels: (..., T), already shifted; used instead of `labels`.
+        kwargs: not used.
+
+    Returns:
+        () float32 (float64). The mean over no tokens is NaN.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.device)
+    total = summed_cross_entropy(logits.reshape(-1, vocab_size), targets, ignore_index)
+    if num_items_in_batch is None:
+        return total / (targets != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum of -log softmax(logits)[target] over the tokens whose target is not `ignore_index`.
+
+    Can be differentiated once. Under `torch.compile` it is PyTorch's own, which the compiler fuses.
+
+    Args:
+        logits: (N, V), any floating dtype.
+        targets: (N,) int64.
+        ignore_index: target of tokens that do not count.
+
+    Returns:
+        () float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: on the CPU, a target that is neither `ignore_index` nor in 0..V - 1.
+    """
+    if torch.compiler.is_compiling():
+        work = logits.to(_work_dtype(logits.dtype))
+        return F.cross_entropy(work, targets, ignore_index=ignore_index, reduction="sum")
+    total: Tensor = _SummedCrossEntropy.apply(logits, targets, ignore_index)
+    return total
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        valid = targets != ignore_index
+        targets = targets.masked_fill(~valid, 0)
+        log_sums = logits.new_empty(len(logits), dtype=_work_dtype(logits.dtype))
+        for rows in _chunks(logits):
+            log_sums[rows] = logits[rows].to(log_sums.dtype).logsumexp(-1)
+        chosen = logits.gather(1, targets[:, None]).squeeze(1).to(log_sums.dtype)
+        ctx.save_for_backward(logits, targets, valid, log_sums)
+        return (log_sums - chosen).masked_fill(~valid, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, valid, log_sums = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        scale = (dtotal * valid)[:, None]
+        for rows in _chunks(logits):
+            probs = (logits[rows] - log_sums[rows, None]).exp_()
+            probs.scatter_add_(1, targets[rows, None], probs.new_full((len(probs), 1), -1.0))
+            dlogits[rows] = probs.mul_(scale[rows])
+        return dlogits, None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    size = _CPU_CHUNK if logits.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, size // max(1, logits.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
