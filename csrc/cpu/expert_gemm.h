@@ -178,7 +178,7 @@ class ExpertGemm {
     return {w + k * in + i, rows, kPanelRow, in * int64_t(sizeof(T)), calls};
   }
 
-  // How often a product of so many rows asks for memory.
+  // At least so often does a product of so many rows ask for memory.
   static int64_t calls(int64_t rows, int64_t depth) {
     return (rows + kTile - 1) / kTile * ((depth + kStepsPerCall - 1) / kStepsPerCall);
   }

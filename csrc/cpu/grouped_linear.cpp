@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -41,9 +42,7 @@ struct Plan {
     STD_TORCH_CHECK(offsets.is_contiguous() && offsets.scalar_type() == ScalarType::Int && offsets.numel() == experts,
                     "there must be an int32 offset for each expert");
     STD_TORCH_CHECK(top_k > 0 && pairs % top_k == 0, "top_k must divide the ", pairs, " pairs, got ", top_k);
-    for (int64_t e = 0; e < experts; ++e)
-      STD_TORCH_CHECK(end(e) >= begin(e) && end(e) <= pairs, "offsets must rise from 0 to at most ", pairs,
-                      " rows, got ", end(e), " for expert ", e);
+    modmoe::check_offsets(ends, experts, pairs);
     std::vector<char> seen(pairs);
     for (int64_t s = 0; s < pairs; ++s) {
       STD_TORCH_CHECK(order[s] >= 0 && order[s] < pairs && !seen[order[s]], "order must hold each of ", pairs,
@@ -174,14 +173,26 @@ std::vector<Unit> units_of_columns(const Plan& plan, int64_t width) {
   return units;
 }
 
+// The matrices of all experts, one after the other.
 template <typename T>
-T* matrix_of(const Tensor& weight, int64_t expert) {
-  return data<T>(weight) + expert * weight.stride(0);
-}
+struct Matrices {
+  T* data;
+  int64_t stride;
 
-void check_weight(const Tensor& weight) {
+  explicit Matrices(const Tensor& weight) : data(::data<T>(weight)), stride(weight.stride(0)) {}
+  T* at(int64_t expert) const { return data + expert * stride; }
+};
+
+// What the products rely on; they read and write whole vectors.
+void check_operands(const Tensor& weight, std::initializer_list<const Tensor*> others) {
+  const ScalarType dtype = weight.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype must be float32 or float64");
+  for (const Tensor* x : others) STD_TORCH_CHECK(!x || x->scalar_type() == dtype, "dtypes differ");
   STD_TORCH_CHECK(weight.dim() == 3 && weight.stride(2) == 1 && weight.stride(1) == weight.size(2),
                   "the matrix of each expert must be contiguous");
+  for (int64_t width : {weight.size(1), weight.size(2)})
+    STD_TORCH_CHECK(width > 0 && width * int64_t(weight.element_size()) % modmoe::kVectorBytes == 0,
+                    "widths must fill vectors of ", modmoe::kVectorBytes, " bytes, got ", width);
 }
 
 template <typename T>
@@ -190,6 +201,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Plan& plan, const st
   const int64_t out = weight.size(1), in = weight.size(2);
   const Rows<const T> from = rows_of<T>(x, plan, source, in);
   const Result<T> result(x, plan, target, out, gates_of<T>(gates, plan));
+  const Matrices<const T> matrices(weight);
   modmoe::spread(units_of_rows<T>(plan), [&](const auto& next) {
     ExpertGemm<T> gemm;
     while (const Unit* u = next()) {
@@ -197,7 +209,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Plan& plan, const st
       const auto y_rows = result.rows().range(plan, u->begin, u->end);
       const auto scale = result.row_scales(u->begin, u->end);
       gemm.multiply_transposed(x_rows.data(), y_rows.data(), scale.data(), u->end - u->begin,
-                               matrix_of<const T>(weight, u->expert), in, out);
+                               matrices.at(u->expert), in, out);
     }
   });
   return result.finish();
@@ -207,6 +219,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Plan& plan, const st
 template <typename T>
 void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tensor& weight, const Plan& plan,
                      const Result<T>* dx, T* dgates) {
+  const Matrices<const T> matrices(weight);
   modmoe::spread(units_of_rows<T>(plan), [&](const auto& next) {
     ExpertGemm<T> gemm;
     std::vector<T> dots(ExpertGemm<T>::kMaxRows);
@@ -215,7 +228,7 @@ void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tens
       std::vector<T*> dx_rows;
       std::vector<T> scale;
       if (dx) dx_rows = dx->rows().range(plan, u->begin, u->end), scale = dx->row_scales(u->begin, u->end);
-      gemm.multiply(dy_rows.data(), u->end - u->begin, matrix_of<const T>(weight, u->expert), x.width, dy.width,
+      gemm.multiply(dy_rows.data(), u->end - u->begin, matrices.at(u->expert), x.width, dy.width,
                     x_rows.data(), dgates ? dots.data() : nullptr, dx ? dx_rows.data() : nullptr, scale.data());
       if (dgates)
         for (int64_t s = u->begin; s < u->end; ++s) dgates[plan.order[s]] = dots[s - u->begin];
@@ -226,11 +239,12 @@ void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tens
 template <typename T>
 void weight_gradient(const Rows<const T>& dy, const Rows<const T>& x, const Plan& plan, const T* gates,
                      const Tensor& dweight) {
+  const Matrices<T> gradients(dweight);
   modmoe::spread(units_of_columns(plan, dy.width), [&](const auto& next) {
     ExpertGemm<T> gemm;
     while (const Unit* u = next()) {
       const int64_t begin = plan.begin(u->expert), end = plan.end(u->expert);
-      T* gradient = matrix_of<T>(dweight, u->expert);
+      T* gradient = gradients.at(u->expert);
       if (begin == end) {
         std::fill_n(gradient + u->begin * x.width, (u->end - u->begin) * x.width, T(0));
         continue;
@@ -266,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
 
 Tensor grouped_linear(Tensor x, Tensor weight, Tensor order, Tensor offsets, std::optional<Tensor> gates,
                       int64_t top_k, std::string source, std::string target) {
-  check_weight(weight);
+  check_operands(weight, {&x, gates ? &*gates : nullptr});
   const Plan plan(order, offsets, weight.size(0), top_k);
   return x.scalar_type() == ScalarType::Double ? forward<double>(x, weight, plan, gates, source, target)
                                                : forward<float>(x, weight, plan, gates, source, target);
@@ -276,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, 
                                                            Tensor offsets, std::optional<Tensor> gates, int64_t top_k,
                                                            std::string source, std::string target, bool needs_x,
                                                            bool needs_weight, bool needs_gates) {
-  check_weight(weight);
+  check_operands(weight, {&dy, &x, gates ? &*gates : nullptr});
   const Plan plan(order, offsets, weight.size(0), top_k);
   const auto run = x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
   return run(dy, x, weight, plan, gates, source, target, needs_x, needs_weight, needs_gates);

@@ -64,12 +64,11 @@ int64_t parts(int64_t rows, int64_t total) {
                              modmoe::num_threads());
 }
 
-void check(const Tensor& offsets, int64_t num_experts, int64_t num_rows) {
+const int32_t* checked(const Tensor& offsets, int64_t num_experts, int64_t num_rows) {
   STD_TORCH_CHECK(offsets.numel() == num_experts && offsets.is_contiguous(), "there must be an offset for each expert");
-  const int32_t* end = static_cast<const int32_t*>(offsets.data_ptr());
-  for (int64_t e = 0; e < num_experts; ++e)
-    STD_TORCH_CHECK(end[e] >= (e ? end[e - 1] : 0) && end[e] <= num_rows, "offsets must rise from 0 to at most ",
-                    num_rows, " rows, got ", end[e], " for expert ", e);
+  const int32_t* ends = static_cast<const int32_t*>(offsets.data_ptr());
+  modmoe::check_offsets(ends, num_experts, num_rows);
+  return ends;
 }
 
 // (S, in) rows times (E, in, out) weight of their expert -> (S, out); rows past the last offset are zero.
@@ -77,8 +76,7 @@ Tensor grouped_multiply(Tensor rows, Tensor weight, Tensor offsets) {
   STD_TORCH_CHECK(rows.dim() == 2 && weight.dim() == 3 && rows.size(1) == weight.size(1), "shapes do not fit");
   STD_TORCH_CHECK(rows.scalar_type() == weight.scalar_type(), "dtypes differ");
   const int64_t num_experts = weight.size(0), total = rows.size(0);
-  check(offsets, num_experts, total);
-  const int32_t* ends = static_cast<const int32_t*>(offsets.data_ptr());
+  const int32_t* ends = checked(offsets, num_experts, total);
   Tensor out = torch::stable::new_empty(rows, {total, weight.size(2)});
   std::vector<Unit> units;
   int64_t begin = 0;
@@ -106,8 +104,7 @@ Tensor grouped_outer(Tensor left, Tensor right, Tensor offsets) {
   STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && left.size(0) == right.size(0), "shapes do not fit");
   STD_TORCH_CHECK(left.scalar_type() == right.scalar_type(), "dtypes differ");
   const int64_t num_experts = offsets.numel(), total = left.size(0), width = left.size(1);
-  check(offsets, num_experts, total);
-  const int32_t* ends = static_cast<const int32_t*>(offsets.data_ptr());
+  const int32_t* ends = checked(offsets, num_experts, total);
   Tensor out = torch::stable::new_empty(left, {num_experts, width, right.size(1)});
   std::vector<Unit> units;
   for (int64_t e = 0; e < num_experts; ++e) {

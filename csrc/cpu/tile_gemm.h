@@ -49,10 +49,10 @@ class Prefetch {
   static constexpr int64_t kLine = 64;
 
  public:
-  // The walk ends with `calls` calls or later.
+  // The walk ends after `calls` calls or earlier.
   Prefetch(const void* data, int64_t rows, int64_t row_bytes, int64_t stride_bytes, int64_t calls)
       : row_(static_cast<const char*>(data)), rows_(rows), row_bytes_(row_bytes), stride_(stride_bytes),
-        lines_((rows * (row_bytes / kLine) + calls - 1) / std::max<int64_t>(calls, 1)) {}
+        lines_((rows * ((row_bytes + kLine - 1) / kLine) + calls - 1) / std::max<int64_t>(calls, 1)) {}
 
   void operator()() {
     for (int64_t line = 0; line < lines_ && rows_ > 0; ++line) {

@@ -1,6 +1,8 @@
 // Work on ragged groups of rows, cut into units for threads.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -14,6 +16,13 @@ namespace modmoe {
 struct Unit {
   int64_t expert, begin, end, work;
 };
+
+// The offsets say where each expert's rows end.
+inline void check_offsets(const int32_t* ends, int64_t experts, int64_t rows) {
+  for (int64_t e = 0; e < experts; ++e)
+    STD_TORCH_CHECK(ends[e] >= (e ? ends[e - 1] : 0) && ends[e] <= rows, "offsets must rise from 0 to at most ", rows,
+                    " rows, got ", ends[e], " for expert ", e);
+}
 
 // run(next) on each thread; next() gives it a unit, and null when all are taken. Largest first, so that no thread is left
 // with a large one at the end.

@@ -37,7 +37,10 @@ def causal_lm_loss(
         kwargs: not used.
 
     Returns:
-        () float32 (float64). The mean over no tokens is NaN.
+        () float32 (float64). The mean over no tokens is NaN, and its gradient 0.
+
+    Raises:
+        ValueError, IndexError: as `summed_cross_entropy`.
     """
     if shift_labels is None:
         assert labels is not None
@@ -54,7 +57,8 @@ def causal_lm_loss(
 def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Sum of -log softmax(logits)[target] over the tokens whose target is not `ignore_index`.
 
-    Can be differentiated once. Under `torch.compile` it is PyTorch's own, which the compiler fuses.
+    Can be differentiated once (for more, set `model.loss_function` to transformers' `ForCausalLMLoss`). Under
+    `torch.compile` it is PyTorch's own, which the compiler fuses.
 
     Args:
         logits: (N, V), any floating dtype.
@@ -65,11 +69,13 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1
         () float32 (float64 for float64).
 
     Raises:
-        RuntimeError: on the CPU, a target that is neither `ignore_index` nor in 0..V - 1.
+        ValueError: another number of targets than of logits.
+        IndexError: on the CPU, a target that is neither `ignore_index` nor in 0..V - 1.
     """
     if torch.compiler.is_compiling():
-        work = logits.to(_work_dtype(logits.dtype))
-        return F.cross_entropy(work, targets, ignore_index=ignore_index, reduction="sum")
+        return _pytorch(logits, targets, ignore_index)
+    if len(logits) != len(targets):
+        raise ValueError(f"there must be a target for each of {len(logits)} rows of logits, got {len(targets)}")
     total: Tensor = _SummedCrossEntropy.apply(logits, targets, ignore_index)
     return total
 
@@ -77,26 +83,30 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -1
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        valid = targets != ignore_index
-        targets = targets.masked_fill(~valid, 0)
-        log_sums = logits.new_empty(len(logits), dtype=_work_dtype(logits.dtype))
+        ctx.save_for_backward(logits, targets)
+        ctx.ignore_index = ignore_index
+        total = logits.new_zeros((), dtype=_work_dtype(logits))
         for rows in _chunks(logits):
-            log_sums[rows] = logits[rows].to(log_sums.dtype).logsumexp(-1)
-        chosen = logits.gather(1, targets[:, None]).squeeze(1).to(log_sums.dtype)
-        ctx.save_for_backward(logits, targets, valid, log_sums)
-        return (log_sums - chosen).masked_fill(~valid, 0.0).sum()
+            total += _pytorch(logits[rows], targets[rows], ignore_index)
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, valid, log_sums = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        scale = (dtotal * valid)[:, None]
+        valid = (targets != ctx.ignore_index)[:, None]
+        chosen = targets[:, None].where(valid, 0)
+        scale = dtotal.where(valid, 0.0)  # not a product: of no tokens, dtotal may be infinite
         for rows in _chunks(logits):
-            probs = (logits[rows] - log_sums[rows, None]).exp_()
-            probs.scatter_add_(1, targets[rows, None], probs.new_full((len(probs), 1), -1.0))
+            probs = logits[rows].softmax(-1, dtype=dtotal.dtype)
+            probs.scatter_add_(1, chosen[rows], probs.new_full((len(probs), 1), -1.0))
             dlogits[rows] = probs.mul_(scale[rows])
         return dlogits, None, None
+
+
+def _pytorch(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    return F.cross_entropy(logits.to(_work_dtype(logits)), targets, ignore_index=ignore_index, reduction="sum")
 
 
 def _chunks(logits: Tensor) -> list[slice]:
@@ -105,5 +115,5 @@ def _chunks(logits: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _work_dtype(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -138,7 +138,7 @@ class _Plan:
 
     def compile(self, scratch: Path) -> Path:
         objects = [str(scratch / f"{source.name}.o") for source, _ in self.objects]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             commands = (
                 [*command, "-c", str(source), "-o", out]
                 for (source, command), out in zip(self.objects, objects, strict=True)

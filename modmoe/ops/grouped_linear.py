@@ -52,9 +52,10 @@ def grouped_linear(
 
     Raises:
         ValueError: an unknown layout, shapes that do not fit, gates missing for target "token", a plan that is not
-            one of `dispatch_plan`; on the CPU, where a look costs nothing, offsets that do not rise to at most S.
+            one of `dispatch_plan`.
         TypeError: dtypes of `x` and `weight` that differ or are not of `modmoe.ops.backend.DTYPES`, integer gates.
-        RuntimeError: tensors on several devices, or a backend that cannot be had.
+        RuntimeError: tensors on several devices, or a backend that cannot be had; on the CPU, where a look costs
+            nothing, offsets that do not rise to at most S.
     """
     x, weight = (t.to(autocast_dtype(t)) for t in (x, weight))
     _check(x, weight, plan, top_k, source, target, gates)

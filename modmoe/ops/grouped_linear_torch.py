@@ -121,7 +121,7 @@ def _spans(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int]]:
     """Yield (expert, first row, past the last row), in order; experts without rows are left out.
 
     Raises:
-        ValueError: offsets that fall, or go beyond the rows.
+        RuntimeError: offsets that fall, or go beyond the rows.
 
     oneDNN, which multiplies in bfloat16 and float16, compiles a kernel for each new shape (three times the work of a
     small product) and keeps the last thousand. Cutting at a multiple of 32 rows makes shapes come back.
@@ -129,7 +129,7 @@ def _spans(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int]]:
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if not start <= end <= len(rows):
-            raise ValueError(f"offsets must rise from 0 to at most {len(rows)} rows, got {end} for expert {expert}")
+            raise RuntimeError(f"offsets must rise from 0 to at most {len(rows)} rows, got {end} for expert {expert}")
         if rows.dtype.itemsize == 2 and end - start > _GRANULE:
             cut = end - (end - start) % _GRANULE
             yield expert, start, cut

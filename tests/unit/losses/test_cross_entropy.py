@@ -56,14 +56,14 @@ def test_logits_far_apart() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
 
 
-def test_no_labels() -> None:
+@pytest.mark.parametrize("num_items", [None, 1])
+def test_no_labels(num_items: int | None) -> None:
     logits, labels = make()
     nothing = torch.full_like(labels, -100)
-    assert causal_lm_loss(logits, nothing, 13).isnan()
-    loss = causal_lm_loss(logits, nothing, 13, num_items_in_batch=1)
-    loss.backward()
-    assert loss == 0
-    assert not logits.grad.any()
+    losses = [loss(logits, nothing, 13, num_items) for loss in (causal_lm_loss, ForCausalLMLoss)]
+    assert losses[0].isnan() if num_items is None else losses[0] == 0
+    for loss in losses:
+        assert not torch.autograd.grad(loss, logits)[0].any()
     assert summed_cross_entropy(torch.empty(0, 13), torch.empty(0, dtype=torch.int64)) == 0
 
 
@@ -71,27 +71,35 @@ def test_no_labels() -> None:
 def test_a_label_that_is_no_token(label: int) -> None:
     logits, labels = make()
     labels[0, 1] = label
-    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds for dimension 1 with size 13"):
+    with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         causal_lm_loss(logits, labels, 13)
 
 
-def test_nothing_but_the_gradient_is_as_large_as_the_logits(chunk: int) -> None:
-    class Sizes(TorchDispatchMode):
+def test_another_number_of_labels() -> None:
+    logits, labels = make()
+    with pytest.raises(ValueError, match="each of 18 rows of logits, got 9"):
+        causal_lm_loss(logits, None, 13, shift_labels=labels[:1])
+
+
+def test_nothing_but_the_gradient_is_as_large_as_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out._base is None and out.is_floating_point():
-                sizes.add(out.numel())
+            if isinstance(out, torch.Tensor) and out._base is None and out.numel() >= logits.numel():
+                large.append((func, out.dtype))
             return out
 
-    sizes: set[int] = set()
-    logits, labels = (x.flatten(0, 1) for x in make())
-    logits = logits.detach().requires_grad_()
-    with Sizes():
-        summed_cross_entropy(logits, labels)
-    assert max(sizes) <= max(18, min(chunk, logits.numel()))
+    monkeypatch.setattr(cross_entropy, "_CPU_CHUNK", 40)
+    large: list = []
+    logits = torch.randn(50, 13).bfloat16().requires_grad_()
+    with Large():
+        summed_cross_entropy(logits, torch.arange(50) % 13).backward()
+    assert [dtype for func, dtype in large if func != torch.ops.aten.detach.default] == [torch.bfloat16]
 
 
-def test_compiled(chunk: int) -> None:
+def test_compiled() -> None:
     logits, labels = make()
     compiled = torch.compile(causal_lm_loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(logits, labels, 13), causal_lm_loss(logits, labels, 13))
+    losses = compiled(logits, labels, 13), causal_lm_loss(logits, labels, 13)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
