@@ -40,12 +40,12 @@ class ExpertGemm {
   static constexpr int kVectors = WideTile::kVectors;
   static constexpr int kTile = WideTile::kRows;
   static constexpr int64_t kPanelRow = kVectors * kVectorBytes;
+  static constexpr int64_t kDepth = 512;  // of a packed block: 128 kB with AVX-512
+  static constexpr int64_t kFewRows = 2;  // not worth packing
 
  public:
   static constexpr int64_t kColumns = kVectors * kLanes;  // of a packed block
-  static constexpr int64_t kDepth = 512;                  // of a packed block: 128 kB with AVX-512
   static constexpr int64_t kMaxRows = 512;                // at once in `multiply`
-  static constexpr int64_t kFewRows = 2;                  // not worth packing
 
   // y_r = scale_r * w x_r. The lanes are rows: w is read number by number where it lies, x and y are transposed.
   void multiply_transposed(const T* const* x, T* const* y, const T* scale, int64_t rows, const T* w, int64_t in,

@@ -366,13 +366,15 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
     const V* const beta = sigmoids.data() + (from - tile.oldest) * kWide;
     const Left<T, false> weight_rows{reinterpret_cast<const T*>(w), kRows};
     gemm<NarrowTile>(tile.values(from), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
-    gemm<NarrowTile>(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    gemm<NarrowTile>(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors,
+                     tile.count, true);
     for (int i = 0; i < block * kWide; ++i) {
       const V a = w[i] * dweights[i];
       taken[i % kWide] += a;
       w[i] = a - beta[i] * taken[i % kWide];  // from here on the gradient of z
     }
-    gemm<NarrowTile>(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors, tile.count, true);
+    gemm<NarrowTile>(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors,
+                     tile.count, true);
     gemm<NarrowTile>(tile.keys_by_dim(from), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
   }
   tile.store_columns(dq, p.scale, g.dq);

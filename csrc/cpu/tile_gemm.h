@@ -35,7 +35,7 @@ struct WideTile {
 };
 #endif
 
-// What a product asks memory for while it computes, once per kStepsPerCall steps of a tile.
+// A product calls its prefetch once per so many steps of a tile.
 constexpr int kStepsPerCall = 16;
 
 struct NoPrefetch {

@@ -24,8 +24,8 @@ inline void check_offsets(const int32_t* ends, int64_t experts, int64_t rows) {
                     " rows, got ", ends[e], " for expert ", e);
 }
 
-// run(next) on each thread; next() gives it a unit, and null when all are taken. Largest first, so that no thread is left
-// with a large one at the end.
+// run(next) on each thread; next() gives it a unit, and null when all are taken. Largest first, so that no thread is
+// left with a large one at the end.
 template <class Run>
 void spread(std::vector<Unit> units, const Run& run) {
   std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.work > b.work; });
