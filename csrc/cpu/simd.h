@@ -83,6 +83,27 @@ inline void store(T* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// As many numbers as there are, up to a whole vector; zero in the other lanes.
+template <class V, typename T>
+inline V load_some(const T* from, int64_t count) {
+  if (count * sizeof(T) == sizeof(V)) return load<V>(from);
+  V v{};
+  std::memcpy(&v, from, count * sizeof(T));
+  return v;
+}
+
+template <class V, typename T>
+inline void store_some(T* to, V v, int64_t count) {
+  if (count * sizeof(T) == sizeof(V)) return store(to, v);
+  std::memcpy(to, &v, count * sizeof(T));
+}
+
+// Number i of a row of vectors.
+template <typename T, class V>
+inline T lane_of(const V* row, int64_t i) {
+  return load<T>(reinterpret_cast<const T*>(row) + i);
+}
+
 // The first (High: second) halves of a and b, by turns: a0 b0 a1 b1 ...
 template <bool High, typename T, int Bytes, int... Lane>
 inline typename Simd<T, Bytes>::V interleave(typename Simd<T, Bytes>::V a, typename Simd<T, Bytes>::V b,

@@ -22,7 +22,8 @@
 
 namespace modmoe {
 
-constexpr int kKeyBlock = 64;
+// Small, because sticks are looked at once per block, to stop early; a multiple of all tiles' rows.
+constexpr int kKeyBlock = 24;
 
 // A (B, heads, length, D) tensor whose last dimension is contiguous; strides count elements.
 template <typename T>
@@ -58,10 +59,14 @@ struct Tile {
   using I = typename S::I;
   static constexpr int kRows = Wide * S::kLanes;
 
+  static constexpr int kLanes = S::kLanes;
+  using Lane = typename S::Int;
+
   const Attention<T>& p;
   int64_t b, kv_head, row0;
   int count;
-  I first[Wide], last[Wide];  // keys that each row may see; none (last = -1) in lanes without a row
+  int64_t query[kRows], head[kRows];  // of each row
+  I first[Wide], last[Wide];          // keys that each row may see; none (last = -1) in lanes without a row
   int64_t oldest, newest;     // over all rows
   int64_t clear_from, clear_to;  // keys that every row may see
 
@@ -70,23 +75,21 @@ struct Tile {
     count = int(std::min<int64_t>(kRows, p.rows() - row0));
     oldest = clear_to = p.keys;
     newest = -1, clear_from = 0;
-    for (int r = 0; r < kRows; ++r) {
-      int64_t from = 0, to = -1;
-      if (r < count) {
-        const int64_t t = query(r);
-        // At most S, which means none: the lanes of float tiles hold 32 bits.
-        if (p.document_start) from = std::clamp<int64_t>(p.document_start[b * p.queries + t], 0, p.keys);
-        to = p.keys - p.queries + t - !p.attend_current;
-        oldest = std::min(oldest, from), newest = std::max(newest, to);
-        clear_from = std::max(clear_from, from), clear_to = std::min(clear_to, to);
-      }
-      first[r / S::kLanes][r % S::kLanes] = from;
-      last[r / S::kLanes][r % S::kLanes] = to;
+    Lane from[kRows], to[kRows];
+    std::fill_n(from, kRows, 0), std::fill_n(to, kRows, -1);
+    int64_t t = row0 / p.groups(), group = row0 % p.groups();
+    for (int r = 0; r < count; ++r) {
+      query[r] = t, head[r] = kv_head * p.groups() + group;
+      // At most S, which means none: the lanes of float tiles hold 32 bits.
+      if (p.document_start) from[r] = Lane(std::clamp<int64_t>(p.document_start[b * p.queries + t], 0, p.keys));
+      to[r] = Lane(p.keys - p.queries + t - !p.attend_current);
+      oldest = std::min<int64_t>(oldest, from[r]), newest = std::max<int64_t>(newest, to[r]);
+      clear_from = std::max<int64_t>(clear_from, from[r]), clear_to = std::min<int64_t>(clear_to, to[r]);
+      if (++group == p.groups()) group = 0, ++t;
     }
+    std::memcpy(first, from, sizeof first), std::memcpy(last, to, sizeof last);
   }
 
-  int64_t query(int r) const { return (row0 + r) / p.groups(); }
-  int64_t head(int r) const { return kv_head * p.groups() + (row0 + r) % p.groups(); }
   bool sees_all(int64_t from, int64_t to) const { return clear_from <= from && to - 1 <= clear_to; }
 
   Left<T, false> keys(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
@@ -94,40 +97,61 @@ struct Tile {
   Left<T, true> keys_by_dim(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
   Left<T, true> values_by_dim(int64_t from) const { return {p.v.at(b, kv_head, from), p.v.row_stride}; }
 
-  // (rows, D) -> columns (D, rows): the lanes are rows. Lanes without a row are left alone.
+  const T* row_of(const Heads<const T>& x, int r) const { return x.at(b, head[r], query[r]); }
+
+  // (rows, D) -> columns (D, rows): the lanes are rows, zero in those without one.
   void load_columns(const Heads<const T>& x, T factor, V* columns) const {
-    for (int r = 0; r < count; ++r) {
-      const T* row = x.at(b, head(r), query(r));
-      for (int64_t d = 0; d < p.dim; ++d) columns[d * Wide + r / S::kLanes][r % S::kLanes] = row[d] * factor;
-    }
+    for (int w = 0; w < Wide; ++w)
+      for (int64_t d = 0; d < p.dim; d += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, p.dim - d);
+        V square[kLanes];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int r = w * kLanes + lane;
+          square[lane] = r < count ? load_some<V>(row_of(x, r) + d, width) * factor : V{};
+        }
+        transpose<T, Bytes>(square);
+        for (int64_t i = 0; i < width; ++i) columns[(d + i) * Wide + w] = square[i];
+      }
   }
 
   void store_columns(const V* columns, T factor, const Heads<T>& x) const {
-    for (int r = 0; r < count; ++r) {
-      T* row = x.at(b, head(r), query(r));
-      for (int64_t d = 0; d < p.dim; ++d) row[d] = columns[d * Wide + r / S::kLanes][r % S::kLanes] * factor;
-    }
+    for (int w = 0; w < Wide; ++w)
+      for (int64_t d = 0; d < p.dim; d += kLanes) {
+        const int64_t width = std::min<int64_t>(kLanes, p.dim - d);
+        V square[kLanes] = {};
+        for (int64_t i = 0; i < width; ++i) square[i] = columns[(d + i) * Wide + w] * factor;
+        transpose<T, Bytes>(square);
+        for (int lane = 0; lane < kLanes && w * kLanes + lane < count; ++lane) {
+          const int r = w * kLanes + lane;
+          store_some(x.at(b, head[r], query[r]) + d, square[lane], width);
+        }
+      }
   }
 
   // (rows, D) -> (rows, dim_vectors): the lanes are dimensions.
   void load_rows(const Heads<const T>& x, T factor, V* rows, int dim_vectors) const {
-    for (int r = 0; r < count; ++r) {
-      const T* row = x.at(b, head(r), query(r));
-      for (int64_t d = 0; d < p.dim; ++d) rows[r * dim_vectors + d / S::kLanes][d % S::kLanes] = row[d] * factor;
-    }
+    for (int r = 0; r < count; ++r)
+      for (int v = 0; v < dim_vectors; ++v)
+        rows[r * dim_vectors + v] =
+            load_some<V>(row_of(x, r) + v * kLanes, std::min<int64_t>(kLanes, p.dim - v * kLanes)) * factor;
   }
 
-  T& remainder(T* all, int r) const { return all[(b * p.query_heads + head(r)) * p.queries + query(r)]; }
+  int64_t remainder_at(int r) const { return (b * p.query_heads + head[r]) * p.queries + query[r]; }
 
   void start_sticks(V* stick) const {
-    for (int r = 0; r < kRows; ++r) stick[r / S::kLanes][r % S::kLanes] = r < count ? 1 : 0;
+    T whole[kRows];
+    for (int r = 0; r < kRows; ++r) whole[r] = r < count;
+    std::memcpy(stick, whole, sizeof whole);
   }
 
-  // True if no key before `from` can still matter.
+  // True if no key before `from` can still matter. Lanes without a row see none.
   bool used_up(const V* stick, int64_t from) const {
-    bool done = true;
-    for (int r = 0; r < count; ++r)
-      done &= stick[r / S::kLanes][r % S::kLanes] < p.stop_below || first[r / S::kLanes][r % S::kLanes] >= from;
+    Lane done = -1;
+    for (int w = 0; w < Wide; ++w) {
+      const I useless = (stick[w] < p.stop_below) | (first[w] >= I{} + Lane(from)) | (last[w] < 0);
+      for (int lane = 0; lane < kLanes; ++lane) done &= useless[lane];
+    }
     return done;
   }
 
@@ -151,7 +175,7 @@ struct Tile {
         if (!hidden) {
           sigmoid<T, Bytes>(row[w], beta, rest);
           if (Ragged) {
-            const I key = I{} + typename S::Int(j);
+            const I key = I{} + Lane(j);
             const I visible = (first[w] <= key) & (key <= last[w]);
             beta = visible ? beta : V{};
             rest = visible ? rest : V{} + T(1);
@@ -184,12 +208,13 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
   constexpr int kWide = TileType::kRows / TileType::S::kLanes;
   const Attention<T>& p = tile.p;
   thread_local std::vector<V> memory;
-  memory.assign((2 * p.dim + kKeyBlock) * kWide, V{});
+  memory.resize((2 * p.dim + kKeyBlock) * kWide);
   V* const queries = memory.data();
   V* const sum = queries + p.dim * kWide;
   V* const z = sum + p.dim * kWide;
   V stick[kWide];
   tile.load_columns(p.q, p.scale, queries);
+  std::fill_n(sum, p.dim * kWide, V{});
   tile.start_sticks(stick);
   for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
     from = std::max(tile.oldest, to - kKeyBlock);
@@ -200,8 +225,7 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
     if (tile.used_up(stick, from)) break;
   }
   tile.store_columns(sum, 1, out);
-  for (int r = 0; r < tile.count; ++r)
-    tile.remainder(remainder, r) = stick[r / TileType::S::kLanes][r % TileType::S::kLanes];
+  for (int r = 0; r < tile.count; ++r) remainder[tile.remainder_at(r)] = lane_of<T>(stick, r);
 }
 
 // Decoding: so few rows that they would leave most lanes empty. Here the lanes are dimensions and whole vectors of keys and
@@ -214,18 +238,12 @@ struct Few {
 
   static bool fits(const Attention<T>& p) { return p.rows() <= TileType::kRows && p.dim % S::kLanes == 0; }
 
-  static V load(const T* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-
   // z (keys, rows) = keys (keys, D) times queries (rows, D).
   static void scores(Left<T, false> keys, const V* queries, int rows, int vectors, int block, T* z) {
     for (int j = 0; j < block; ++j)
       for (int r = 0; r < rows; ++r) {
         V sum{};
-        for (int d = 0; d < vectors; ++d) sum += load(&keys.data[j * keys.stride + d * S::kLanes]) * queries[r * vectors + d];
+        for (int d = 0; d < vectors; ++d) sum += load<V>(&keys.data[j * keys.stride + d * S::kLanes]) * queries[r * vectors + d];
         z[j * TileType::kRows + r] = sum_of_lanes<T, kVectorBytes>(sum);
       }
   }
@@ -239,7 +257,7 @@ struct Few {
     for (int j = 0; j < block; ++j)
 #pragma GCC unroll 4
       for (int d = 0; d < Vectors; ++d) {
-        const V value = load(&values.data[j * values.stride + (first + d) * S::kLanes]);
+        const V value = load<V>(&values.data[j * values.stride + (first + d) * S::kLanes]);
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) sum[r][d] += weights[j * TileType::kRows + r] * value;
       }
@@ -258,7 +276,7 @@ struct Few {
     T* const numbers = reinterpret_cast<T*>(z);
     for (int r = 0; r < Rows; ++r)
       for (int d = 0; d < vectors; ++d)
-        queries[r * vectors + d] = load(p.q.at(tile.b, tile.head(r), tile.query(r)) + d * S::kLanes) * p.scale;
+        queries[r * vectors + d] = load<V>(tile.row_of(p.q, r) + d * S::kLanes) * p.scale;
     tile.start_sticks(stick);
     for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
       from = std::max(tile.oldest, to - kKeyBlock);
@@ -271,8 +289,8 @@ struct Few {
       if (tile.used_up(stick, from)) break;
     }
     for (int r = 0; r < Rows; ++r) {
-      std::memcpy(out.at(tile.b, tile.head(r), tile.query(r)), sums + r * vectors, p.dim * sizeof(T));
-      tile.remainder(remainder, r) = stick[0][r];
+      std::memcpy(out.at(tile.b, tile.head[r], tile.query[r]), sums + r * vectors, p.dim * sizeof(T));
+      remainder[tile.remainder_at(r)] = stick[0][r];
     }
   }
 
@@ -311,7 +329,7 @@ struct Gradients {
   Heads<const T> dout;
   const T* drem;  // (B, Hq, T)
   Heads<T> dq;    // (B, Hq, T, D)
-  T* dk;          // (B, Hkv, S, D)
+  T* dk;          // (B, Hkv, S, D), zero before, aligned to a vector
   T* dv;
 };
 
@@ -326,8 +344,8 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   const Attention<T>& p = tile.p;
   const int64_t span = std::max<int64_t>(0, tile.newest + 1 - tile.oldest);
   thread_local std::vector<V> memory, rows;
-  memory.assign((3 * p.dim + kKeyBlock) * kWide, V{});
-  rows.assign(2 * kRows * dim_vectors, V{});
+  memory.resize((2 * p.dim + kKeyBlock) * kWide);
+  rows.resize(2 * kRows * dim_vectors);
   V* const columns = memory.data();  // queries, then the gradient of the output
   V* const dq = columns + p.dim * kWide;
   V* const dweights = dq + p.dim * kWide;
@@ -339,6 +357,7 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   if (int64_t(weights.size()) < span * kWide) weights.resize(span * kWide), sigmoids.resize(span * kWide);
 
   tile.load_columns(p.q, p.scale, columns);
+  std::fill_n(dq, p.dim * kWide, V{});
   tile.load_rows(p.q, p.scale, query_rows, dim_vectors);
   tile.load_rows(g.dout, 1, dout_rows, dim_vectors);
   V stick[kWide];
@@ -356,8 +375,9 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   }
 
   V taken[kWide];  // rem drem + sum of a over the keys so far
-  for (int r = 0; r < kRows; ++r)
-    taken[r / kLanes][r % kLanes] = r < tile.count ? stick[r / kLanes][r % kLanes] * tile.remainder(const_cast<T*>(g.drem), r) : 0;
+  T drem[kRows] = {};
+  for (int r = 0; r < tile.count; ++r) drem[r] = g.drem[tile.remainder_at(r)];
+  for (int w = 0; w < kWide; ++w) taken[w] = stick[w] * load<V>(drem + w * kLanes);
   tile.load_columns(g.dout, 1, columns);
   for (int64_t from = stop, to; from <= tile.newest; from = to) {
     to = std::min(tile.newest + 1, from + kKeyBlock);
@@ -380,6 +400,17 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   tile.store_columns(dq, p.scale, g.dq);
 }
 
+// to (count, dim) += rows of vectors, the last of which may be partly used.
+template <class V, typename T>
+void add_rows(const V* rows, int64_t count, int64_t dim, T* to) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  for (int64_t j = 0; j < count; ++j, to += dim)
+    for (int64_t d = 0; d < dim; d += kLanes, ++rows) {
+      const int64_t width = std::min(kLanes, dim - d);
+      store_some(to + d, load_some<V>(to + d, width) + *rows, width);
+    }
+}
+
 template <typename T, class Parallel>
 void backward(const Attention<T>& p, const Gradients<T>& g, int threads, Parallel parallel) {
   with_tile_size<T>(p.rows(), [&](auto bytes, auto wide) {
@@ -391,6 +422,14 @@ void backward(const Attention<T>& p, const Gradients<T>& g, int threads, Paralle
     // All tiles of a problem add to the same dk and dv. Where there are fewer problems than threads, each is split in
     // strips with sums of their own, added in order afterwards: the same bits for the same number of threads.
     const int64_t strips = std::min(tiles, divide_up(threads, p.problems()));
+    if (strips == 1 && p.dim % kLanes == 0) {
+      parallel(p.problems(), [&](int64_t n) {
+        V* const dk = reinterpret_cast<V*>(g.dk) + n * size;
+        V* const dv = reinterpret_cast<V*>(g.dv) + n * size;
+        for (int64_t i = 0; i < tiles; ++i) backward_tile(TileType(p, n, i), g, dk, dv, dim_vectors);
+      });
+      return;
+    }
     std::vector<V> sums(2 * p.problems() * strips * size);
     parallel(p.problems() * strips, [&](int64_t unit) {
       const int64_t n = unit / strips;
@@ -399,17 +438,11 @@ void backward(const Attention<T>& p, const Gradients<T>& g, int threads, Paralle
         backward_tile(TileType(p, n, i), g, dk, dk + size, dim_vectors);
     });
     parallel(p.problems(), [&](int64_t n) {
-      const V* const first = sums.data() + 2 * n * strips * size;
-      for (int64_t j = 0; j < p.keys; ++j)
-        for (int64_t d = 0; d < p.dim; ++d) {
-          T dk = 0, dv = 0;
-          for (int64_t s = 0; s < strips; ++s) {
-            const V* const sum = first + 2 * s * size + j * dim_vectors + d / kLanes;
-            dk += sum[0][d % kLanes], dv += sum[size][d % kLanes];
-          }
-          g.dk[(n * p.keys + j) * p.dim + d] = dk;
-          g.dv[(n * p.keys + j) * p.dim + d] = dv;
-        }
+      for (int64_t s = 0; s < strips; ++s) {
+        const V* const dk = sums.data() + 2 * (n * strips + s) * size;
+        add_rows(dk, p.keys, p.dim, g.dk + n * p.keys * p.dim);
+        add_rows(dk + size, p.keys, p.dim, g.dv + n * p.keys * p.dim);
+      }
     });
   });
 }
