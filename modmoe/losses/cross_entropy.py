@@ -101,7 +101,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(logits):
             probs = logits[rows].softmax(-1, dtype=dtotal.dtype)
             probs.scatter_add_(1, chosen[rows], probs.new_full((len(probs), 1), -1.0))
-            dlogits[rows] = probs.mul_(scale[rows])
+            torch.mul(probs, scale[rows], out=dlogits[rows])
         return dlogits, None, None
 
 

@@ -98,6 +98,8 @@ def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Ten
 
 
 class _Sums(NamedTuple):
+    """The parts of vectors (..., 2E + 3): the first two (..., E), the others (...)."""
+
     prob: torch.Tensor
     assignments: torch.Tensor
     neg_entropy: torch.Tensor
@@ -105,31 +107,37 @@ class _Sums(NamedTuple):
     tokens: torch.Tensor
 
 
-def _split(vector: torch.Tensor) -> _Sums:
-    num_experts = (len(vector) - 3) // 2
-    prob, assignments, scalars = vector.split([num_experts, num_experts, 3])
-    return _Sums(prob, assignments, *scalars.unbind())
+def _split(vectors: torch.Tensor) -> _Sums:
+    num_experts = (vectors.shape[-1] - 3) // 2
+    prob, assignments, scalars = vectors.split([num_experts, num_experts, 3], dim=-1)
+    return _Sums(prob, assignments, *scalars.unbind(-1))
+
+
+def _by_size(statistics: RouterStatistics) -> list[torch.Tensor]:
+    """The vectors of all routers with the same number of experts as one (R, 2E + 3): few operations for many."""
+    sizes = dict.fromkeys(map(len, statistics.vectors))
+    return [torch.stack([v for v in statistics.vectors if len(v) == size]) for size in sizes]
 
 
 def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
-    """Each loss times the number of tokens it is averaged over: linear in the sums of the local tokens."""
+    """(R, 2E + 3) -> (R, kinds): losses times the tokens they are averaged over; linear in sums of local tokens."""
     sums, whole = _split(local), _split(reference.detach())
-    p = whole.prob / whole.tokens.clamp_min(1)
+    p = whole.prob / whole.tokens.clamp_min(1)[:, None]
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
     values = []
     for kind in kinds:
         if kind == "mi":
-            values.append((sums.prob * log_p).sum() - sums.neg_entropy)
+            values.append((sums.prob * log_p).sum(-1) - sums.neg_entropy)
         elif kind == "concentration":
-            values.append(-(sums.prob * log_p).sum())
+            values.append(-(sums.prob * log_p).sum(-1))
         elif kind == "switch":
-            f = whole.assignments / whole.assignments.sum().clamp_min(1)
-            values.append(len(p) * (sums.prob * f).sum())
+            f = whole.assignments / whole.assignments.sum(-1, keepdim=True).clamp_min(1)
+            values.append(p.shape[-1] * (sums.prob * f).sum(-1))
         elif kind == "z":
             values.append(sums.z)
         else:
             raise ValueError(f"balance={kind!r} is not one of {get_args(BalanceLoss)}")
-    return torch.stack(values)
+    return torch.stack(values, dim=-1)
 
 
 def _weighted(losses: torch.Tensor, kinds: Sequence[str], z_weight: float) -> torch.Tensor:
@@ -178,8 +186,11 @@ def router_losses(
     if not kinds:
         zero = local.vectors[0].new_zeros(())
         return RouterLosses(zero, {}, zero)
-    numerators = torch.stack([_numerators(a, b, kinds) for a, b in zip(local.vectors, reference.vectors, strict=True)])
-    values = torch.stack([_numerators(b, b, kinds) for b in reference.detach().vectors])
+    pairs = list(zip(_by_size(local), _by_size(reference.detach()), strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        raise ValueError("local and reference statistics must be of the same routers, in the same order")
+    numerators = torch.cat([_numerators(a, b, kinds) for a, b in pairs])
+    values = torch.cat([_numerators(b, b, kinds) for _, b in pairs])
     scale = 1.0 / len(local.vectors) if reduction == "mean" else 1.0
     per_token = 1.0 / reference.num_tokens.clamp_min(1)
     totals = (values * per_token).sum(0) * scale
