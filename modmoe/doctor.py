@@ -20,7 +20,7 @@ from modmoe.ops.backend import BACKENDS, ENVIRONMENT_VARIABLE, requested_backend
 from modmoe.ops.build import Kind, library, library_problem
 from modmoe.ops.grouped_linear import BACKENDS as GROUPED_LINEAR
 from modmoe.ops.paged import BACKENDS as PAGED
-from modmoe.ops.routing import BACKENDS as ROUTING
+from modmoe.ops.routing import PLAN_BACKENDS, ROUTE_BACKENDS
 from modmoe.ops.stickbreaking import BACKENDS as STICKBREAKING
 
 _PACKAGES = ("torch", "transformers", "deepspeed", "triton", "nvidia-cutlass", "flash-attn", "megablocks")
@@ -63,8 +63,8 @@ class Trial(NamedTuple):
 TRIALS = {
     "stickbreaking_attention": Trial(_stickbreaking_attention, STICKBREAKING),
     "stickbreaking_paged_attention": Trial(_stickbreaking_paged_attention, PAGED),
-    "route": Trial(_route, ROUTING),
-    "dispatch_plan": Trial(_dispatch_plan, ROUTING),
+    "route": Trial(_route, ROUTE_BACKENDS),
+    "dispatch_plan": Trial(_dispatch_plan, PLAN_BACKENDS),
     "grouped_linear": Trial(_grouped_linear, GROUPED_LINEAR),
 }
 

@@ -9,17 +9,10 @@ from torch import Tensor
 
 from . import grouped_linear_torch
 from .backend import without_autocast
-from .build import library_problem
 from .grouped_linear_torch import Products
+from .routing_cpp import problem as problem
 
 _VECTOR = 64  # bytes; the widest that any processor has
-
-
-def problem(x: Tensor) -> str | None:
-    """Say why this implementation cannot run on such rows here; None if it can."""
-    if x.device.type != "cpu":
-        return f"it is for the CPU, the tensors are on {x.device.type!r}"
-    return library_problem("cpu")
 
 
 @without_autocast

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import routing_cuda
+from . import routing_cpp, routing_cuda
 from .backend import choose_backend, library, requested_backend
 
-BACKENDS = ("torch", "cuda")
+ROUTE_BACKENDS = ("torch", "cuda")
+PLAN_BACKENDS = ("cpp", "torch", "cuda")
 
 
 class Routing(NamedTuple):
@@ -73,7 +74,7 @@ def route(
         RuntimeError: a backend that cannot be had; "cuda" does not sample.
     """
     _check_route(logits, top_k, token_mask, selection_bias, sample_top_k)
-    if requested_backend("route", backend, BACKENDS) == "cuda":
+    if requested_backend("route", backend, ROUTE_BACKENDS) == "cuda":
         if sample_top_k:
             raise RuntimeError(f"route: backend 'cuda' does not sample, got sample_top_k={sample_top_k}; use 'torch'")
         return Routing(*torch.ops.modmoe.route(logits, top_k, token_mask, selection_bias, renormalize))
@@ -149,7 +150,7 @@ def dispatch_plan(top_k_index: Tensor, num_experts: int, *, backend: str | None 
         raise TypeError(f"top_k_index must be int64 or int32, got {top_k_index.dtype}")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-    name = requested_backend("dispatch_plan", backend, BACKENDS)
+    name = requested_backend("dispatch_plan", backend, PLAN_BACKENDS)
     return DispatchPlan(*torch.ops.modmoe.dispatch_plan(top_k_index, num_experts, name))
 
 
@@ -203,14 +204,25 @@ def _route_backward(
 
 
 def _dispatch_plan(top_k_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    problems = {"torch": lambda: None, "cuda": lambda: routing_cuda.plan_problem(top_k_index, num_experts)}
-    if choose_backend("dispatch_plan", backend, problems) == "cuda":
-        return routing_cuda.dispatch_plan(top_k_index, num_experts)
-    sorted_expert_ids, order = top_k_index.flatten().sort(dim=0, stable=True)
     if top_k_index.device.type == "cpu" and top_k_index.numel():
-        least, most = int(sorted_expert_ids[0]), int(sorted_expert_ids[-1])
+        least, most = (int(id) for id in top_k_index.aminmax())
         if least < 0 or most > num_experts:
             raise ValueError(f"expert ids must be 0 to {num_experts} (none), got {least if least < 0 else most}")
+    problems = {
+        "cpp": lambda: routing_cpp.problem(top_k_index),
+        "torch": lambda: None,
+        "cuda": lambda: routing_cuda.plan_problem(top_k_index, num_experts),
+    }
+    implementations = {
+        "cpp": routing_cpp.dispatch_plan,
+        "torch": _sorted_plan,
+        "cuda": routing_cuda.dispatch_plan,
+    }
+    return implementations[choose_backend("dispatch_plan", backend, problems)](top_k_index, num_experts)
+
+
+def _sorted_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sorted_expert_ids, order = top_k_index.flatten().sort(dim=0, stable=True)
     experts = torch.arange(num_experts, device=top_k_index.device, dtype=top_k_index.dtype)
     # Counting by searching the sorted ids: no host sync (bincount has one), no atomics.
     offsets = torch.searchsorted(sorted_expert_ids, experts, right=True, out_int32=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modmoe.ops import dispatch_plan, route, routing_cuda
+from modmoe.ops import dispatch_plan, route, routing_cpp, routing_cuda
 from modmoe.ops.routing import _route_backward
 from tests.operations import Operations
 
@@ -101,12 +101,19 @@ def test_sampling_follows_the_probabilities() -> None:
     torch.testing.assert_close(share, torch.tensor([0.0, 0.6, 0.3, 0.1]), rtol=0, atol=0.02)
 
 
+@pytest.fixture(params=["cpp", "torch"])
+def planner(request: pytest.FixtureRequest) -> str:
+    if request.param == "cpp" and (problem := routing_cpp.problem(torch.empty(0))):
+        pytest.skip(problem)
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 3, 2), *SIZES])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_plan_against_a_loop(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
+def test_plan_against_a_loop(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype, planner: str) -> None:
     torch.manual_seed(0)
-    index = torch.randint(0, num_experts + 1, (num_tokens, top_k), dtype=dtype)  # E stands for no expert
-    plan = dispatch_plan(index, num_experts)
+    index = torch.randint(0, num_experts + 1, (top_k, num_tokens), dtype=dtype).T  # E stands for no expert
+    plan = dispatch_plan(index, num_experts, backend=planner)
     flat = index.flatten().tolist()
     order = [pair for expert in range(num_experts + 1) for pair, e in enumerate(flat) if e == expert]
     counts = [flat.count(expert) for expert in range(num_experts)]
@@ -117,8 +124,20 @@ def test_plan_against_a_loop(num_tokens: int, num_experts: int, top_k: int, dtyp
     assert [t.dtype for t in plan] == [torch.int32, torch.int32, torch.int64, torch.int64]
 
 
-def test_plan_is_a_well_behaved_op() -> None:
-    torch.library.opcheck(torch.ops.modmoe.dispatch_plan, (torch.randint(0, 4, (5, 2)), 3, "auto"))
+def test_plan_is_a_well_behaved_op(planner: str) -> None:
+    torch.library.opcheck(torch.ops.modmoe.dispatch_plan, (torch.randint(0, 4, (5, 2)), 3, planner))
+
+
+def test_the_kernel_counts_other_ids_as_none() -> None:
+    """It never looks where they point, though `dispatch_plan` refuses them."""
+    if problem := routing_cpp.problem(torch.empty(0)):
+        pytest.skip(problem)
+    index = torch.tensor([[2**40, 0], [-1, 1], [-(2**40), 2], [3, 1]])
+    counts, offsets, order, inverse = routing_cpp.dispatch_plan(index, 2)
+    assert counts.tolist() == [1, 2]
+    assert offsets.tolist() == [1, 3]
+    assert order.tolist() == [1, 3, 7, 0, 2, 4, 5, 6]
+    assert inverse[order].tolist() == list(range(8))
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
