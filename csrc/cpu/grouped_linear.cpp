@@ -20,6 +20,8 @@
 namespace {
 
 using modmoe::ExpertGemm;
+template <typename T>
+using Sum = typename modmoe::Numbers<T>::Sum;
 using modmoe::Unit;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -103,25 +105,26 @@ std::vector<T> scales(const T* gates, const Plan& plan, int64_t begin, int64_t e
 }
 
 template <typename T>
-const T* gates_of(const std::optional<Tensor>& gates, const Plan& plan) {
+const Sum<T>* gates_of(const std::optional<Tensor>& gates, const Plan& plan) {
   if (!gates) return nullptr;
   STD_TORCH_CHECK(gates->is_contiguous() && gates->numel() == plan.pairs, "there must be a gate for each pair");
-  return data<const T>(*gates);
+  return data<const Sum<T>>(*gates);
 }
 
 // Rows to be written, with their gates. Tokens are sums over slots: their pairs are written first, and then added.
 template <typename T>
 class Result {
  public:
-  Result(const Tensor& like, const Plan& plan, const std::string& layout, int64_t width, const T* gates)
+  Result(const Tensor& like, const Plan& plan, const std::string& layout, int64_t width,
+         const Sum<T>* gates)
       : plan_(plan), sums_(layout_of(layout) == Layout::token), gates_(gates),
         written_(torch::stable::new_empty(like, {plan.pairs, width})),
         rows_{data<T>(written_), width, sums_ ? Layout::pair : layout_of(layout)} {
-    for (int64_t s = plan.rows(); s < plan.pairs; ++s) std::fill_n(rows_.at(plan, s), width, T(0));
+    for (int64_t s = plan.rows(); s < plan.pairs; ++s) std::fill_n(rows_.at(plan, s), width, T{});
   }
 
   const Rows<T>& rows() const { return rows_; }
-  std::vector<T> row_scales(int64_t begin, int64_t end) const {
+  std::vector<Sum<T>> row_scales(int64_t begin, int64_t end) const {
     return scales(sums_ ? nullptr : gates_, plan_, begin, end);
   }
 
@@ -140,7 +143,7 @@ class Result {
  private:
   const Plan& plan_;
   bool sums_;
-  const T* gates_;
+  const Sum<T>* gates_;
   Tensor written_;
   Rows<T> rows_;
 };
@@ -183,16 +186,34 @@ struct Matrices {
   T* at(int64_t expert) const { return data + expert * stride; }
 };
 
+bool is_taken(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || (MODMOE_HAS_BF16 && dtype == ScalarType::BFloat16);
+}
+
+bool takes_bf16() { return is_taken(ScalarType::BFloat16); }
+
+// Of sums, and of gates.
+ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
+
 // What the products rely on; they read and write whole vectors.
-void check_operands(const Tensor& weight, std::initializer_list<const Tensor*> others) {
+void check_operands(const Tensor& weight, const std::optional<Tensor>& gates, std::initializer_list<const Tensor*> rows) {
   const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype must be float32 or float64");
-  for (const Tensor* x : others) STD_TORCH_CHECK(!x || x->scalar_type() == dtype, "dtypes differ");
+  STD_TORCH_CHECK(is_taken(dtype), "dtype must be float32, float64 or, where the processor has it, bfloat16");
+  for (const Tensor* x : rows) STD_TORCH_CHECK(x->scalar_type() == dtype, "dtypes differ");
+  STD_TORCH_CHECK(!gates || gates->scalar_type() == sum_dtype(dtype), "gates must have the dtype of sums");
   STD_TORCH_CHECK(weight.dim() == 3 && weight.stride(2) == 1 && weight.stride(1) == weight.size(2),
                   "the matrix of each expert must be contiguous");
   for (int64_t width : {weight.size(1), weight.size(2)})
     STD_TORCH_CHECK(width > 0 && width * int64_t(weight.element_size()) % modmoe::kVectorBytes == 0,
                     "widths must fill vectors of ", modmoe::kVectorBytes, " bytes, got ", width);
+}
+
+template <class Run>
+auto with_dtype(ScalarType dtype, const Run& run) {
+#if MODMOE_HAS_BF16
+  if (dtype == ScalarType::BFloat16) return run(modmoe::BFloat16());
+#endif
+  return dtype == ScalarType::Double ? run(double()) : run(float());
 }
 
 template <typename T>
@@ -218,15 +239,15 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Plan& plan, const st
 // Gradients of x and of the gates: with u = w^T dy of a row, <u, x> is its gate's and gate * u is the row's.
 template <typename T>
 void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tensor& weight, const Plan& plan,
-                     const Result<T>* dx, T* dgates) {
+                     const Result<T>* dx, Sum<T>* dgates) {
   const Matrices<const T> matrices(weight);
   modmoe::spread(units_of_rows<T>(plan), [&](const auto& next) {
     ExpertGemm<T> gemm;
-    std::vector<T> dots(ExpertGemm<T>::kMaxRows);
+    std::vector<Sum<T>> dots(ExpertGemm<T>::kMaxRows);
     while (const Unit* u = next()) {
       const auto dy_rows = dy.range(plan, u->begin, u->end), x_rows = x.range(plan, u->begin, u->end);
       std::vector<T*> dx_rows;
-      std::vector<T> scale;
+      std::vector<Sum<T>> scale;
       if (dx) dx_rows = dx->rows().range(plan, u->begin, u->end), scale = dx->row_scales(u->begin, u->end);
       gemm.multiply(dy_rows.data(), u->end - u->begin, matrices.at(u->expert), x.width, dy.width,
                     x_rows.data(), dgates ? dots.data() : nullptr, dx ? dx_rows.data() : nullptr, scale.data());
@@ -237,7 +258,7 @@ void input_gradients(const Rows<const T>& dy, const Rows<const T>& x, const Tens
 }
 
 template <typename T>
-void weight_gradient(const Rows<const T>& dy, const Rows<const T>& x, const Plan& plan, const T* gates,
+void weight_gradient(const Rows<const T>& dy, const Rows<const T>& x, const Plan& plan, const Sum<T>* gates,
                      const Tensor& dweight) {
   const Matrices<T> gradients(dweight);
   modmoe::spread(units_of_columns(plan, dy.width), [&](const auto& next) {
@@ -246,7 +267,7 @@ void weight_gradient(const Rows<const T>& dy, const Rows<const T>& x, const Plan
       const int64_t begin = plan.begin(u->expert), end = plan.end(u->expert);
       T* gradient = gradients.at(u->expert);
       if (begin == end) {
-        std::fill_n(gradient + u->begin * x.width, (u->end - u->begin) * x.width, T(0));
+        std::fill_n(gradient + u->begin * x.width, (u->end - u->begin) * x.width, T{});
         continue;
       }
       const auto dy_rows = dy.range(plan, begin, end), x_rows = x.range(plan, begin, end);
@@ -263,16 +284,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
                                             bool needs_gates) {
   const int64_t out = weight.size(1), in = weight.size(2);
   const Rows<const T> dy_rows = rows_of<T>(dy, plan, target, out), x_rows = rows_of<T>(x, plan, source, in);
-  const T* const gate = gates_of<T>(gates, plan);
+  const Sum<T>* const gate = gates_of<T>(gates, plan);
   Tensor dx = torch::stable::new_empty(x, {0});
-  Tensor dgates = torch::stable::new_zeros(x, {needs_gates ? plan.pairs : 0});
+  Tensor dgates = torch::stable::new_zeros(x, {needs_gates ? plan.pairs : 0}, sum_dtype(x.scalar_type()));
   Tensor dweight =
       needs_weight ? torch::stable::new_empty(weight, {plan.experts, out, in}) : torch::stable::new_empty(weight, {0});
   std::optional<Result<T>> dx_rows;
   if (needs_x) dx_rows.emplace(x, plan, source, in, gate);
   if (needs_x || needs_gates)
     input_gradients<T>(dy_rows, x_rows, weight, plan, needs_x ? &*dx_rows : nullptr,
-                       needs_gates ? data<T>(dgates) : nullptr);
+                       needs_gates ? data<Sum<T>>(dgates) : nullptr);
   if (needs_x) dx = dx_rows->finish();
   if (needs_weight) weight_gradient<T>(dy_rows, x_rows, plan, gate, dweight);
   return {dx, dweight, dgates};
@@ -280,20 +301,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
 
 Tensor grouped_linear(Tensor x, Tensor weight, Tensor order, Tensor offsets, std::optional<Tensor> gates,
                       int64_t top_k, std::string source, std::string target) {
-  check_operands(weight, {&x, gates ? &*gates : nullptr});
+  check_operands(weight, gates, {&x});
   const Plan plan(order, offsets, weight.size(0), top_k);
-  return x.scalar_type() == ScalarType::Double ? forward<double>(x, weight, plan, gates, source, target)
-                                               : forward<float>(x, weight, plan, gates, source, target);
+  return with_dtype(x.scalar_type(), [&](auto zero) {
+    return forward<decltype(zero)>(x, weight, plan, gates, source, target);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor order,
                                                            Tensor offsets, std::optional<Tensor> gates, int64_t top_k,
                                                            std::string source, std::string target, bool needs_x,
                                                            bool needs_weight, bool needs_gates) {
-  check_operands(weight, {&dy, &x, gates ? &*gates : nullptr});
+  check_operands(weight, gates, {&dy, &x});
   const Plan plan(order, offsets, weight.size(0), top_k);
-  const auto run = x.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
-  return run(dy, x, weight, plan, gates, source, target, needs_x, needs_weight, needs_gates);
+  return with_dtype(x.scalar_type(), [&](auto zero) {
+    return backward<decltype(zero)>(dy, x, weight, plan, gates, source, target, needs_x, needs_weight, needs_gates);
+  });
 }
 
 }  // namespace
@@ -306,9 +329,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(modmoe_cpu, m) {
       "grouped_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor offsets, Tensor? gates, "
       "int top_k, str source, str target, bool needs_x, bool needs_weight, bool needs_gates) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def("takes_bf16() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(modmoe_cpu, CPU, m) {
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(modmoe_cpu, CompositeExplicitAutograd, m) { m.impl("takes_bf16", TORCH_BOX(&takes_bf16)); }

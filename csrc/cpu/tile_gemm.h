@@ -15,6 +15,7 @@ struct Left {
 
   T operator()(int m, int64_t k) const { return Transposed ? data[k * stride + m] : data[m * stride + k]; }
   Left from_row(int64_t m) const { return {data + (Transposed ? m : m * stride), stride}; }
+  Left from_step(int64_t k) const { return {data + (Transposed ? k * stride : k), stride}; }
 };
 
 // How much of a result the registers hold at once. 8 rows of 2 vectors take half of 32 registers, 4 rows half of 16;
@@ -67,6 +68,12 @@ class Prefetch {
   int64_t rows_, row_bytes_, stride_, lines_, at_ = 0;
 };
 
+// Overloaded for other left factors than numbers.
+template <class V, typename T>
+inline void multiply_add(V& sum, T factor, V row) {
+  sum += factor * row;
+}
+
 // One tile of M rows and N vectors, held in registers over the whole sum.
 template <int M, int N, class V, class A, class P>
 inline void gemm_tile(A a, const V* b, int64_t b_row, V* c, int64_t c_row, int64_t depth, bool accumulate,
@@ -83,7 +90,7 @@ inline void gemm_tile(A a, const V* b, int64_t b_row, V* c, int64_t c_row, int64
     for (int m = 0; m < M; ++m) {
       const auto factor = a(m, k);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[m][n] += factor * row[n];
+      for (int n = 0; n < N; ++n) multiply_add(sum[m][n], factor, row[n]);
     }
   }
 #pragma GCC unroll 8

@@ -1,8 +1,11 @@
 """The grouped linear map on the CPU with the kernels of csrc/cpu.
 
-float32 and float64 with widths that fill vectors run in one kernel, gather and sums included (grouped_linear.cpp). All
-else takes torch's own products, one expert per thread (grouped_products.cpp); there, PyTorch gathers and sums.
+float32, float64 and, on processors that multiply it, bfloat16 run in one kernel, gather and sums included, where widths
+fill vectors (grouped_linear.cpp). All else takes torch's own products, one expert per thread (grouped_products.cpp);
+there, PyTorch gathers and sums.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -28,10 +31,10 @@ def forward(
     target: str,
 ) -> Tensor:
     """See `ops.grouped_linear`."""
-    if not _fills_vectors(weight):
+    if not _is_fused(weight):
         layout = (order, inverse, offsets, gates, top_k, source, target)
         return grouped_linear_torch.forward(x, weight, *layout, products=_PRODUCTS)
-    gates = None if gates is None else gates.to(x.dtype).contiguous()
+    gates = None if gates is None else gates.to(_sum_dtype(x)).contiguous()
     plan = (order.contiguous(), offsets.contiguous())
     out: Tensor = torch.ops.modmoe_cpu.grouped_linear(x.contiguous(), weight, *plan, gates, top_k, source, target)
     return out
@@ -55,10 +58,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and gates; an empty tensor where one is not needed."""
     needs = (needs_x, needs_weight, needs_gates)
-    if not _fills_vectors(weight):
+    if not _is_fused(weight):
         layout = (order, inverse, offsets, gates, top_k, source, target)
         return grouped_linear_torch.backward(dy, x, weight, *layout, *needs, products=_PRODUCTS)
-    work_gates = None if gates is None else gates.to(x.dtype).contiguous()
+    work_gates = None if gates is None else gates.to(_sum_dtype(x)).contiguous()
     plan = (order.contiguous(), offsets.contiguous())
     rows = (dy.contiguous(), x.contiguous())
     dx, dweight, dgates = torch.ops.modmoe_cpu.grouped_linear_backward(
@@ -69,10 +72,21 @@ def backward(
     return dx, dweight, dgates
 
 
-def _fills_vectors(weight: Tensor) -> bool:
+def _is_fused(weight: Tensor) -> bool:
     _, out, width = weight.shape
     fills = all(size > 0 and size * weight.itemsize % _VECTOR == 0 for size in (out, width))
-    return weight.dtype in (torch.float32, torch.float64) and fills and weight.stride()[1:] == (width, 1)
+    taken = weight.dtype in (torch.float32, torch.float64) or (weight.dtype == torch.bfloat16 and _takes_bf16())
+    return taken and fills and weight.stride()[1:] == (width, 1)
+
+
+@functools.cache
+def _takes_bf16() -> bool:
+    takes: bool = torch.ops.modmoe_cpu.takes_bf16()
+    return takes
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 # Detached, because the products run on threads that do not know that autograd has been told already.
