@@ -1,7 +1,7 @@
 // The grouped linear map, with the gather before it and the gates, sums over slots and the gates' gradient after it.
 //
 // Letters: N tokens, E experts, K experts per token, S = N K pairs. A sorted row belongs to the expert whose offsets it
-// lies between. float32 and float64, widths that are multiples of a vector.
+// lies between. float32, float64 and, where the processor has it, bf16; widths that are multiples of a vector.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

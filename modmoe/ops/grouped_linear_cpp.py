@@ -1,8 +1,8 @@
 """The grouped linear map on the CPU with the kernels of csrc/cpu.
 
-float32, float64 and, on processors that multiply it, bfloat16 run in one kernel, gather and sums included, where widths
-fill vectors (grouped_linear.cpp). All else takes torch's own products, one expert per thread (grouped_products.cpp);
-there, PyTorch gathers and sums.
+float32, float64 and, on processors that multiply it, bfloat16 run in one kernel, gather and sums included, where
+widths fill vectors (grouped_linear.cpp). All else takes torch's own products, one expert per thread
+(grouped_products.cpp); there, PyTorch gathers and sums.
 """
 
 import functools
