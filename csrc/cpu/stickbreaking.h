@@ -145,11 +145,11 @@ struct Tile {
     std::memcpy(stick, whole, sizeof whole);
   }
 
-  // True if no key before `from` can still matter. Lanes without a row see none.
+  // True if no key before `from` can still matter.
   bool used_up(const V* stick, int64_t from) const {
     Lane done = -1;
     for (int w = 0; w < Wide; ++w) {
-      const I useless = (stick[w] < p.stop_below) | (first[w] >= I{} + Lane(from)) | (last[w] < 0);
+      const I useless = (stick[w] < p.stop_below) | (first[w] >= I{} + Lane(from));
       for (int lane = 0; lane < kLanes; ++lane) done &= useless[lane];
     }
     return done;

@@ -253,6 +253,27 @@ def test_packed_equals_separate(attend_current: bool, dtype: torch.dtype) -> Non
     assert_same(packed, expected, leaves, leaves)
 
 
+def test_a_document_may_begin_anywhere_in_a_block() -> None:
+    leaves = make((1, 1, 1, 8, 100, 8))
+    for start in range(101):
+        document_start = torch.full((1, 8), start)
+        expected = stickbreaking_attention(*leaves, document_start=document_start, backend="reference")
+        assert_same(stickbreaking_attention(*leaves, document_start=document_start), expected, leaves, leaves)
+
+
+@pytest.mark.parametrize("dim", [16, 5])
+def test_threads_share_a_head(dim: int) -> None:
+    leaves = make((1, 2, 1, 100, 100, dim))
+    expected = stickbreaking_attention(*leaves, backend="reference")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert_same(stickbreaking_attention(*leaves), expected, leaves, leaves)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_starts_past_every_key() -> None:
     """Some beyond 32 bits, and beside them queries that see something."""
     leaves = make((1, 2, 1, 5, 5, 4), torch.float32)
