@@ -15,7 +15,7 @@
 
 namespace modmoe {
 
-// Left factors of `gemm`, in words: rows that are given by pointers, rows of a matrix, and columns of such rows.
+// Left factors of `gemm`: rows that are given by pointers, in words, and columns of such rows, where words are numbers.
 template <typename T>
 struct RowsAt {
   using Word = typename Numbers<T>::Word;
@@ -24,16 +24,6 @@ struct RowsAt {
 
   Word operator()(int m, int64_t k) const { return load<Word>(rows[m] + from + k * Numbers<T>::kStep); }
   RowsAt from_row(int64_t m) const { return {rows + m, from}; }
-};
-
-template <typename T>
-struct RowsOf {
-  using Word = typename Numbers<T>::Word;
-  const T* data;
-  int64_t stride;
-
-  Word operator()(int m, int64_t k) const { return load<Word>(data + m * stride + k * Numbers<T>::kStep); }
-  RowsOf from_row(int64_t m) const { return {data + m * stride, stride}; }
 };
 
 template <typename T>
@@ -60,6 +50,7 @@ class ExpertGemm {
   static constexpr int kTile = WideTile::kRows;
   static constexpr int64_t kDepth = 512;  // words of a packed block: 128 kB with AVX-512
   static constexpr int64_t kFewRows = 2;  // not worth packing
+  static constexpr int64_t kPairs = int64_t(1) << 19;  // packed at once, about; 1 MB
 
  public:
   static constexpr int64_t kColumns = kVectors * kLanes;  // of a packed block
@@ -106,15 +97,16 @@ class ExpertGemm {
     if constexpr (kStep == 1) {
       outer(ColumnsAt<T>{dy, from}, x, scale, rows, gradient + from * in, in, to - from);
     } else {
-      for (int64_t o = from; o < to; o += kMaxRows) {
-        const int64_t height = std::min(kMaxRows, to - o);
+      const int64_t step = std::clamp<int64_t>(kPairs / rows, 8 * kTile, kMaxRows);
+      for (int64_t o = from; o < to; o += step) {
+        const int64_t height = std::min(step, to - o);
         outer(pair_columns(dy, rows, o, height), x, scale, rows, gradient + o * in, in, height);
       }
     }
   }
 
  private:
-  // As above, for `height` rows of the gradient. Sums of other numbers than T are taken in `result`: at most kMaxRows.
+  // As above, for `height` rows of the gradient; at most kMaxRows if sums are not of type T, and so taken in `result`.
   template <class Columns>
   void outer(Columns dy, const T* const* x, const Sum* scale, int64_t rows, T* gradient, int64_t in, int64_t height) {
     constexpr bool kDirect = std::is_same_v<T, Sum>;
@@ -157,7 +149,8 @@ class ExpertGemm {
       for (int64_t k = 0; k < in; k += kDepth * kStep) {
         const int64_t depth = std::min(kDepth, (in - k) / kStep);
         pack_columns(x, rows, k, depth, width);
-        gemm<WideTile>(RowsOf<T>{w + o * in + k, in}, panel(), width, result(), width, height, width, depth, k > 0,
+        const Left<Word, false> matrix{reinterpret_cast<const Word*>(w + o * in + k), in / kStep};
+        gemm<WideTile>(matrix, panel(), width, result(), width, height, width, depth, k > 0,
                        Prefetch<false>(w + (o + kTile) * in + k, height - kTile, depth * sizeof(Word), in * sizeof(T),
                                        calls(height, depth)));
       }

@@ -1,7 +1,7 @@
 // The grouped linear map, with the gather before it and the gates, sums over slots and the gates' gradient after it.
 //
 // Letters: N tokens, E experts, K experts per token, S = N K pairs. A sorted row belongs to the expert whose offsets it
-// lies between. float32, float64 and, where the processor has it, bf16; widths that are multiples of a vector.
+// lies between. float32, float64 and, where numbers.h takes it, bf16; widths that are multiples of a vector.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -187,7 +187,7 @@ struct Matrices {
 };
 
 bool is_taken(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || (MODMOE_HAS_BF16 && dtype == ScalarType::BFloat16);
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || (MODMOE_TAKES_BF16 && dtype == ScalarType::BFloat16);
 }
 
 bool takes_bf16() { return is_taken(ScalarType::BFloat16); }
@@ -198,7 +198,7 @@ ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? 
 // What the products rely on; they read and write whole vectors.
 void check_operands(const Tensor& weight, const std::optional<Tensor>& gates, std::initializer_list<const Tensor*> rows) {
   const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(is_taken(dtype), "dtype must be float32, float64 or, where the processor has it, bfloat16");
+  STD_TORCH_CHECK(is_taken(dtype), "dtype must be float32, float64 or, on some processors, bfloat16");
   for (const Tensor* x : rows) STD_TORCH_CHECK(x->scalar_type() == dtype, "dtypes differ");
   STD_TORCH_CHECK(!gates || gates->scalar_type() == sum_dtype(dtype), "gates must have the dtype of sums");
   STD_TORCH_CHECK(weight.dim() == 3 && weight.stride(2) == 1 && weight.stride(1) == weight.size(2),
@@ -210,7 +210,7 @@ void check_operands(const Tensor& weight, const std::optional<Tensor>& gates, st
 
 template <class Run>
 auto with_dtype(ScalarType dtype, const Run& run) {
-#if MODMOE_HAS_BF16
+#if MODMOE_TAKES_BF16
   if (dtype == ScalarType::BFloat16) return run(modmoe::BFloat16());
 #endif
   return dtype == ScalarType::Double ? run(double()) : run(float());
@@ -286,11 +286,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   const Rows<const T> dy_rows = rows_of<T>(dy, plan, target, out), x_rows = rows_of<T>(x, plan, source, in);
   const Sum<T>* const gate = gates_of<T>(gates, plan);
   Tensor dx = torch::stable::new_empty(x, {0});
-  Tensor dgates = torch::stable::new_zeros(x, {needs_gates ? plan.pairs : 0}, sum_dtype(x.scalar_type()));
+  Tensor dgates = torch::stable::new_empty(x, {0});
   Tensor dweight =
       needs_weight ? torch::stable::new_empty(weight, {plan.experts, out, in}) : torch::stable::new_empty(weight, {0});
   std::optional<Result<T>> dx_rows;
   if (needs_x) dx_rows.emplace(x, plan, source, in, gate);
+  if (needs_gates) dgates = torch::stable::new_zeros(x, {plan.pairs}, sum_dtype(x.scalar_type()));
   if (needs_x || needs_gates)
     input_gradients<T>(dy_rows, x_rows, weight, plan, needs_x ? &*dx_rows : nullptr,
                        needs_gates ? data<Sum<T>>(dgates) : nullptr);

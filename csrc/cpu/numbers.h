@@ -7,12 +7,13 @@
 
 #include "simd.h"
 
-// The processor multiplies bf16 in pairs. Where it has AMX tiles as well, torch's own products use these and are faster.
+// bf16 is taken on processors with AVX512-BF16, which multiplies it in pairs, and without AMX tiles, which have several
+// times that arithmetic: there, torch's own products use them.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-#define MODMOE_HAS_BF16 1
+#define MODMOE_TAKES_BF16 1
 #include <immintrin.h>
 #else
-#define MODMOE_HAS_BF16 0
+#define MODMOE_TAKES_BF16 0
 #endif
 
 namespace modmoe {
@@ -37,7 +38,7 @@ struct Numbers {
   static void multiply_add(V& sum, V a, V b) { sum += a * b; }
 };
 
-#if MODMOE_HAS_BF16
+#if MODMOE_TAKES_BF16
 
 struct BFloat16 {
   uint16_t bits;
@@ -51,7 +52,7 @@ template <>
 struct Numbers<BFloat16> {
   using Sum = float;
   using Word = Pair;
-  using V = Simd<float, kVectorBytes>::V;  // of words: their bits
+  using V = Simd<float, kVectorBytes>::V;  // sums, or the bits of words
   static constexpr int kStep = 2;
 
   static V read(const BFloat16* from) { return as<V>(_mm512_slli_epi32(widened(load<__m256i>(from)), 16)); }

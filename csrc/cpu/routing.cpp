@@ -19,7 +19,7 @@ template <typename Id>
 void group(const Id* ids, int64_t pairs, int64_t experts, int32_t* count, int32_t* end, int64_t* order,
            int64_t* inverse) {
   const auto bin = [&](int64_t pair) { return ids[pair] >= 0 && ids[pair] < experts ? int64_t(ids[pair]) : experts; };
-  std::vector<int64_t> next(experts + 2);  // the row after the last one of each expert, shifted by one expert
+  std::vector<int64_t> next(experts + 2);  // next free row of each expert; first its count, one place further on
   for (int64_t pair = 0; pair < pairs; ++pair) ++next[bin(pair) + 1];
   for (int64_t e = 0; e < experts; ++e) {
     count[e] = int32_t(next[e + 1]);

@@ -15,7 +15,10 @@ struct Left {
 
   T operator()(int m, int64_t k) const { return Transposed ? data[k * stride + m] : data[m * stride + k]; }
   Left from_row(int64_t m) const { return {data + (Transposed ? m : m * stride), stride}; }
-  Left from_step(int64_t k) const { return {data + (Transposed ? k * stride : k), stride}; }
+  Left from_step(int64_t k) const {
+    static_assert(Transposed, "of columns");
+    return {data + k * stride, stride};
+  }
 };
 
 // How much of a result the registers hold at once. 8 rows of 2 vectors take half of 32 registers, 4 rows half of 16;

@@ -101,7 +101,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for rows in _chunks(logits):
             probs = logits[rows].softmax(-1, dtype=dtotal.dtype)
             probs.scatter_add_(1, chosen[rows], probs.new_full((len(probs), 1), -1.0))
-            torch.mul(probs, scale[rows], out=dlogits[rows])
+            if probs.dtype == dlogits.dtype:
+                torch.mul(probs, scale[rows], out=dlogits[rows])
+            else:
+                dlogits[rows] = probs.mul_(scale[rows])
         return dlogits, None, None
 
 

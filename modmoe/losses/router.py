@@ -120,8 +120,11 @@ def _by_size(statistics: RouterStatistics) -> list[torch.Tensor]:
 
 
 def _numerators(local: torch.Tensor, reference: torch.Tensor, kinds: Sequence[str]) -> torch.Tensor:
-    """(R, 2E + 3) -> (R, kinds): losses times the tokens they are averaged over; linear in sums of local tokens."""
-    sums, whole = _split(local), _split(reference.detach())
+    """(R, 2E + 3) -> (R, kinds): losses times the tokens they are averaged over; linear in sums of local tokens.
+
+    `reference` has no gradient.
+    """
+    sums, whole = _split(local), _split(reference)
     p = whole.prob / whole.tokens.clamp_min(1)[:, None]
     log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
     values = []
@@ -186,9 +189,9 @@ def router_losses(
     if not kinds:
         zero = local.vectors[0].new_zeros(())
         return RouterLosses(zero, {}, zero)
-    pairs = list(zip(_by_size(local), _by_size(reference.detach()), strict=True))
-    if any(a.shape != b.shape for a, b in pairs):
+    if [*map(len, local.vectors)] != [*map(len, reference.vectors)]:
         raise ValueError("local and reference statistics must be of the same routers, in the same order")
+    pairs = list(zip(_by_size(local), _by_size(reference.detach()), strict=True))
     numerators = torch.cat([_numerators(a, b, kinds) for a, b in pairs])
     values = torch.cat([_numerators(b, b, kinds) for _, b in pairs])
     scale = 1.0 / len(local.vectors) if reduction == "mean" else 1.0

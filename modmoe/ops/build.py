@@ -55,6 +55,13 @@ def library_problem(kind: Kind) -> str | None:
     return None
 
 
+def cpu_problem(x: torch.Tensor) -> str | None:
+    """Say why the kernels of csrc/cpu cannot run on such tensors here; None if they can."""
+    if x.device.type != "cpu":
+        return f"it is for the CPU, the tensors are on {x.device.type!r}"
+    return library_problem("cpu")
+
+
 def library(kind: Kind) -> Path:
     """Return the path of a library that is whole and made from the present sources, building it if there is none.
 

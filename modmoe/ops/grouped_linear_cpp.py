@@ -1,7 +1,7 @@
 """The grouped linear map on the CPU with the kernels of csrc/cpu.
 
-float32, float64 and, on processors that multiply it, bfloat16 run in one kernel, gather and sums included, where
-widths fill vectors (grouped_linear.cpp). All else takes torch's own products, one expert per thread
+float32, float64 and, on some processors (csrc/cpu/numbers.h), bfloat16 run in one kernel, gather and sums included,
+where widths fill vectors (grouped_linear.cpp). All else takes torch's own products, one expert per thread
 (grouped_products.cpp); there, PyTorch gathers and sums.
 """
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from . import grouped_linear_torch
 from .backend import without_autocast
+from .build import cpu_problem
 from .grouped_linear_torch import Products
-from .routing_cpp import problem as problem
+
+problem = cpu_problem
 
 _VECTOR = 64  # bytes; the widest that any processor has
 
@@ -67,8 +69,7 @@ def backward(
     dx, dweight, dgates = torch.ops.modmoe_cpu.grouped_linear_backward(
         *rows, weight, *plan, work_gates, top_k, source, target, *needs
     )
-    if gates is not None and needs_gates:
-        dgates = dgates.view_as(gates).to(gates.dtype)
+    dgates = x.new_empty(0) if gates is None or not needs_gates else dgates.view_as(gates).to(gates.dtype)
     return dx, dweight, dgates
 
 

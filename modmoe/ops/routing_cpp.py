@@ -3,14 +3,9 @@
 import torch
 from torch import Tensor
 
-from .build import library_problem
+from .build import cpu_problem
 
-
-def problem(x: Tensor) -> str | None:
-    """Say why the kernels of csrc/cpu cannot run on such tensors here; None if they can."""
-    if x.device.type != "cpu":
-        return f"it is for the CPU, the tensors are on {x.device.type!r}"
-    return library_problem("cpu")
+problem = cpu_problem
 
 
 def dispatch_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

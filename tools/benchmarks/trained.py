@@ -26,7 +26,7 @@ Layer: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 _HELD_OUT = 0.05  # share of the default data's files
 # A block is read or not: those of the C++ kernel with AVX-512, and about the size of those of the others.
-_ROWS, _KEYS = 32, 64
+_ROWS, _KEYS = 32, 24
 
 
 def trained(

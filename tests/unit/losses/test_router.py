@@ -118,6 +118,21 @@ def test_an_unknown_balance_loss_is_named():
         router_losses(statistics, statistics, balance="swtich")
 
 
+def test_routers_of_several_sizes():
+    """They are computed in groups of a size."""
+    torch.manual_seed(0)
+    logits = [torch.randn(20, size) for size in (3, 5, 3, 4, 5)]
+    statistics = [RouterStatistics.of([scores], [scores.topk(2).indices]) for scores in logits]
+    whole = RouterStatistics([vector for one in statistics for vector in one.vectors])
+    for balance in ("mi", "concentration", "switch"):
+        alone = [router_losses(one, one, balance=balance, z_weight=0.1).aux_loss for one in statistics]
+        together = router_losses(whole, whole, balance=balance, z_weight=0.1).aux_loss
+        torch.testing.assert_close(together, torch.stack(alone).mean())
+    turned = RouterStatistics([*whole.vectors[1:], whole.vectors[0]])
+    with pytest.raises(ValueError, match="the same routers, in the same order"):
+        router_losses(whole, turned)
+
+
 def test_no_loss_is_zero():
     result = router_losses(*[RouterStatistics.of([torch.randn(4, E)], [torch.zeros(4, 1).long()])] * 2, balance="none")
     assert result.aux_loss == result.contribution == 0

@@ -15,10 +15,10 @@ from modmoe.ops import (
     DispatchPlan,
     dispatch_plan,
     grouped_linear,
-    grouped_linear_cpp,
     grouped_linear_sm90,
     use_backend,
 )
+from modmoe.ops.build import cpu_problem
 from modmoe.ops.grouped_linear import LAYOUTS
 from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _spans
 
@@ -32,7 +32,7 @@ NARROW_AND_WIDE = pytest.mark.parametrize("widths", [(4, 5), (32, 64)], ids=str)
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on both."""
-    problem = grouped_linear_cpp.problem(torch.empty(0)) if request.param == "cpp" else None
+    problem = cpu_problem(torch.empty(0)) if request.param == "cpp" else None
     if problem:
         pytest.skip(problem)
     with use_backend(request.param):
@@ -277,27 +277,29 @@ def test_autocast(widths: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(LAYOUTS, LAYOUTS)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @NARROW_AND_WIDE
-def test_well_behaved_op(widths: tuple[int, int], source: str, target: str) -> None:
-    x, weight, gates, plan, _ = make((4, 2, 3, *widths), source, torch.float32)
+def test_well_behaved_op(widths: tuple[int, int], dtype: torch.dtype, source: str, target: str) -> None:
+    x, weight, gates, plan, _ = make((4, 2, 3, *widths), source, dtype)
     tensors = (x.requires_grad_(), weight.requires_grad_(), plan.order, plan.inverse, plan.offsets)
     arguments = (*tensors, gates.requires_grad_(), 2, source, target, "auto")
     out = torch.ops.modmoe.grouped_linear(*arguments)
     torch.library.opcheck(torch.ops.modmoe.grouped_linear, arguments)
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     for needs in [(True, True, True), (True, False, False), (False, True, False)]:
-        torch.library.opcheck(torch.ops.modmoe.grouped_linear_backward, (torch.randn(out.shape), *detached, *needs))
+        torch.library.opcheck(torch.ops.modmoe.grouped_linear_backward, (torch.randn_like(out), *detached, *needs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(dtype: torch.dtype) -> None:
+@NARROW_AND_WIDE
+def test_compiled_equals_eager(widths: tuple[int, int], dtype: torch.dtype) -> None:
     def run(x: Tensor, up: Tensor, down: Tensor, gates: Tensor, index: Tensor) -> Tensor:
         plan = dispatch_plan(index, len(up))
         hidden = grouped_linear(x, up, plan, top_k=2, target="sorted").relu()
         return grouped_linear(hidden, down, plan, top_k=2, source="sorted", gates=gates)
 
-    x, up, gates, _, index = make((9, 2, 3, 4, 5), "token", dtype)
-    leaves = [t.requires_grad_() for t in (x, up, torch.randn(3, 4, 5).to(dtype), gates)]
+    x, up, gates, _, index = make((9, 2, 3, *widths), "token", dtype)
+    leaves = [t.requires_grad_() for t in (x, up, torch.randn(3, *widths).to(dtype), gates)]
     eager = run(*leaves, index)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves, index)
     assert torch.equal(eager, compiled)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modmoe.ops import stickbreaking_attention, stickbreaking_cpp, stickbreaking_torch, use_backend
+from modmoe.ops.build import cpu_problem
 
 # (batch, query heads, key/value heads, queries, keys, head dim)
 SHAPES = [(1, 1, 1, 1, 1, 3), (2, 3, 3, 7, 7, 5), (2, 4, 2, 5, 9, 4), (1, 6, 2, 1, 6, 3)]
@@ -21,7 +22,7 @@ NAMES = ("q", "k", "v")
 @pytest.fixture(params=["cpp", "torch"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on both."""
-    problem = stickbreaking_cpp.problem(torch.empty(0)) if request.param == "cpp" else None
+    problem = cpu_problem(torch.empty(0)) if request.param == "cpp" else None
     if problem:
         pytest.skip(problem)
     with use_backend(request.param):

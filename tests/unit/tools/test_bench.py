@@ -293,13 +293,13 @@ def key_blocks_read(q, k, attend_current):
             tile = rows[first : first + 32]
             sticks = dict.fromkeys(tile, 1.0)
             end = tile[-1][0] + 1
-            total += math.ceil(end / 64)
+            total += math.ceil(end / 24)
             while end > 0 and (end == tile[-1][0] + 1 or max(sticks.values()) >= 2**-29):
                 read += 1
                 for t, g in tile:
-                    for key in range(max(0, end - 64), min(end, t + attend_current)):
+                    for key in range(max(0, end - 24), min(end, t + attend_current)):
                         sticks[t, g] /= 1 + math.exp(logits[g][t][key])
-                end -= 64
+                end -= 24
     return read / total
 
 
@@ -307,7 +307,7 @@ def key_blocks_read(q, k, attend_current):
 def test_key_blocks_read(attend_current):
     torch.manual_seed(0)
     q, k = torch.randn(1, 4, 400, 8), torch.randn(1, 2, 400, 8)
-    q[..., 0], k[..., 0] = 3, -2  # sticks that last about as long as two blocks
+    q[..., 0], k[..., 0] = 3, -2  # sticks that last for some blocks
     k[:, 0, 300:, 0] = -8  # and longer where the newest keys take little
     share = trained.share_of_key_blocks_read(q, k, attend_current)
     assert 0.4 < share < 0.9
@@ -317,7 +317,7 @@ def test_key_blocks_read(attend_current):
 def test_key_blocks_read_at_the_diagonal():
     q, k = torch.ones(1, 1, 97, 8), torch.full((1, 1, 97, 8), -100.0)
     k[:, :, 96] = 100  # the last key alone takes anything: all of the last query's stick, if it is seen
-    assert trained.share_of_key_blocks_read(q, k, attend_current=True) == 5 / 6
+    assert trained.share_of_key_blocks_read(q, k, attend_current=True) == 10 / 14
     assert trained.share_of_key_blocks_read(q, k, attend_current=False) == 1
 
 
