@@ -146,11 +146,11 @@ struct Tile {
     std::memcpy(stick, whole, sizeof whole);
   }
 
-  // True if no key before `from` can still matter.
+  // True if no key before `from` can still matter. Lanes without a row see no keys; their sticks may be anything.
   bool used_up(const V* stick, int64_t from) const {
     Lane done = -1;
     for (int w = 0; w < Wide; ++w) {
-      const I useless = (stick[w] < p.stop_below) | (first[w] >= I{} + Lane(from));
+      const I useless = (stick[w] < p.stop_below) | (first[w] >= I{} + Lane(from)) | (last[w] < 0);
       for (int lane = 0; lane < kLanes; ++lane) done &= useless[lane];
     }
     return done;

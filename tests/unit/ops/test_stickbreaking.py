@@ -153,9 +153,14 @@ def test_many_blocks_against_the_reference(
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
-def test_early_stop_leaves_old_keys_unread(implementation: str, early_stop: bool) -> None:
+# Also when decoding, where some lanes of a tile have no row.
+@pytest.mark.parametrize("heads_queries_dim", [(2, 64, 8), (2, 1, 64), (3, 1, 32), (1, 3, 16), (3, 1, 24)], ids=str)
+def test_early_stop_leaves_old_keys_unread(
+    implementation: str, heads_queries_dim: tuple[int, int, int], early_stop: bool
+) -> None:
     """Keys past the stop may be anything, even not numbers."""
-    q, k, v = (x.detach() for x in make((1, 2, 1, 64, 512, 8), torch.float32))
+    heads, num_queries, dim = heads_queries_dim
+    q, k, v = (x.detach() for x in make((1, heads, 1, num_queries, 512, dim), torch.float32))
     k[:, :, :256] = v[:, :, :256] = math.nan
     out, remainder = stickbreaking_attention(q, k, v, early_stop=early_stop)
     unread = early_stop and implementation == "cpp"
