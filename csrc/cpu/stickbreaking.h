@@ -236,6 +236,7 @@ struct Few {
   using S = Simd<T, kVectorBytes>;
   using V = typename S::V;
   using TileType = Tile<T, 16, 1>;
+  static constexpr int kBlock = 64;  // keys: enough to hide what a block costs beside so few rows
 
   static bool fits(const Attention<T>& p) { return p.rows() <= TileType::kRows && p.dim % S::kLanes == 0; }
 
@@ -273,14 +274,14 @@ struct Few {
     std::vector<V> memory(2 * Rows * vectors);
     V* const queries = memory.data();
     V* const sums = queries + Rows * vectors;
-    typename TileType::V z[kKeyBlock], stick[1];
+    typename TileType::V z[kBlock] = {}, stick[1];
     T* const numbers = reinterpret_cast<T*>(z);
     for (int r = 0; r < Rows; ++r)
       for (int d = 0; d < vectors; ++d)
         queries[r * vectors + d] = load<V>(tile.row_of(p.q, r) + d * S::kLanes) * p.scale;
     tile.start_sticks(stick);
     for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
-      from = std::max(tile.oldest, to - kKeyBlock);
+      from = std::max(tile.oldest, to - kBlock);
       const int block = int(to - from);
       scores(tile.keys(from), queries, Rows, vectors, block, numbers);
       tile.break_sticks(z, static_cast<typename TileType::V*>(nullptr), stick, from, to);
