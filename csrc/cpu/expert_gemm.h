@@ -50,7 +50,7 @@ class ExpertGemm {
   static constexpr int kTile = WideTile::kRows;
   static constexpr int64_t kDepth = 512;  // words of a packed block: 128 kB with AVX-512
   static constexpr int64_t kFewRows = 2;  // not worth packing
-  static constexpr int64_t kPairs = int64_t(1) << 19;  // packed at once, about; 1 MB
+  static constexpr int64_t kPairs = int64_t(1) << 19;  // numbers packed in pairs at once, about: 1 MB
 
  public:
   static constexpr int64_t kColumns = kVectors * kLanes;  // of a packed block

@@ -204,10 +204,6 @@ def _route_backward(
 
 
 def _dispatch_plan(top_k_index: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if top_k_index.device.type == "cpu" and top_k_index.numel():
-        least, most = (int(id) for id in top_k_index.aminmax())
-        if least < 0 or most > num_experts:
-            raise ValueError(f"expert ids must be 0 to {num_experts} (none), got {least if least < 0 else most}")
     problems = {
         "cpp": lambda: routing_cpp.problem(top_k_index),
         "torch": lambda: None,
@@ -218,7 +214,18 @@ def _dispatch_plan(top_k_index: Tensor, num_experts: int, backend: str) -> tuple
         "torch": _sorted_plan,
         "cuda": routing_cuda.dispatch_plan,
     }
-    return implementations[choose_backend("dispatch_plan", backend, problems)](top_k_index, num_experts)
+    name = choose_backend("dispatch_plan", backend, problems)
+    if name != "cuda":
+        _check_ids(top_k_index, num_experts)
+    return implementations[name](top_k_index, num_experts)
+
+
+def _check_ids(top_k_index: Tensor, num_experts: int) -> None:
+    """On the CPU, where a look costs nothing."""
+    if top_k_index.device.type == "cpu" and top_k_index.numel():
+        least, most = (int(id) for id in top_k_index.aminmax())
+        if least < 0 or most > num_experts:
+            raise ValueError(f"expert ids must be 0 to {num_experts} (none), got {least if least < 0 else most}")
 
 
 def _sorted_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
