@@ -115,8 +115,7 @@ const Sum<T>* gates_of(const std::optional<Tensor>& gates, const Plan& plan) {
 template <typename T>
 class Result {
  public:
-  Result(const Tensor& like, const Plan& plan, const std::string& layout, int64_t width,
-         const Sum<T>* gates)
+  Result(const Tensor& like, const Plan& plan, const std::string& layout, int64_t width, const Sum<T>* gates)
       : plan_(plan), sums_(layout_of(layout) == Layout::token), gates_(gates),
         written_(torch::stable::new_empty(like, {plan.pairs, width})),
         rows_{data<T>(written_), width, sums_ ? Layout::pair : layout_of(layout)} {
@@ -187,7 +186,8 @@ struct Matrices {
 };
 
 bool is_taken(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || (MODMOE_TAKES_BF16 && dtype == ScalarType::BFloat16);
+  if (dtype == ScalarType::BFloat16) return MODMOE_TAKES_BF16;
+  return dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
 
 bool takes_bf16() { return is_taken(ScalarType::BFloat16); }
@@ -196,7 +196,8 @@ bool takes_bf16() { return is_taken(ScalarType::BFloat16); }
 ScalarType sum_dtype(ScalarType dtype) { return dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype; }
 
 // What the products rely on; they read and write whole vectors.
-void check_operands(const Tensor& weight, const std::optional<Tensor>& gates, std::initializer_list<const Tensor*> rows) {
+void check_operands(const Tensor& weight, const std::optional<Tensor>& gates,
+                    std::initializer_list<const Tensor*> rows) {
   const ScalarType dtype = weight.scalar_type();
   STD_TORCH_CHECK(is_taken(dtype), "dtype must be float32, float64 or, on some processors, bfloat16");
   for (const Tensor* x : rows) STD_TORCH_CHECK(x->scalar_type() == dtype, "dtypes differ");

@@ -2,8 +2,8 @@
 //
 // torch's own matrix product does the arithmetic. It comes near the peak of one core on the few hundred rows that an
 // expert gets, but loses half of two cores to waiting when it splits so small a product among them; here each thread
-// has products of its own. The products bypass the dispatcher: its state (autograd, inference mode, autocast) belongs to
-// the calling thread and would be missing on the others.
+// has products of its own. The products bypass the dispatcher: its state (autograd, inference mode, autocast) belongs
+// to the calling thread and would be missing on the others.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

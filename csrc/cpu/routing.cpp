@@ -37,7 +37,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_plan(Tensor top_k_index, int
   const int64_t pairs = top_k_index.numel();
   STD_TORCH_CHECK(top_k_index.is_contiguous(), "top_k_index must be contiguous");
   STD_TORCH_CHECK(pairs <= INT32_MAX, "there may be at most ", INT32_MAX, " pairs, got ", pairs);
-  const auto empty = [&](int64_t size, ScalarType dtype) { return torch::stable::new_empty(top_k_index, {size}, dtype); };
+  const auto empty = [&](int64_t size, ScalarType dtype) {
+    return torch::stable::new_empty(top_k_index, {size}, dtype);
+  };
   Tensor count = empty(experts, ScalarType::Int), end = empty(experts, ScalarType::Int);
   Tensor order = empty(pairs, ScalarType::Long), inverse = empty(pairs, ScalarType::Long);
   const auto run = [&](auto zero) {

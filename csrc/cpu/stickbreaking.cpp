@@ -1,4 +1,4 @@
-// Registers stick-breaking attention on the CPU with torch, through the stable ABI: one binary serves every torch from 2.10 on.
+// Registers stick-breaking attention on the CPU with torch.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -229,8 +229,8 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
   for (int r = 0; r < tile.count; ++r) remainder[tile.remainder_at(r)] = lane_of<T>(stick, r);
 }
 
-// Decoding: so few rows that they would leave most lanes empty. Here the lanes are dimensions and whole vectors of keys and
-// values are read, once for all rows, which makes it as fast as memory. It needs a D that fills vectors.
+// Decoding: so few rows that they would leave most lanes empty. Here the lanes are dimensions and whole vectors of keys
+// and values are read, once for all rows, which makes it as fast as memory. It needs a D that fills vectors.
 template <typename T>
 struct Few {
   using S = Simd<T, kVectorBytes>;
@@ -245,7 +245,8 @@ struct Few {
     for (int j = 0; j < block; ++j)
       for (int r = 0; r < rows; ++r) {
         V sum{};
-        for (int d = 0; d < vectors; ++d) sum += load<V>(&keys.data[j * keys.stride + d * S::kLanes]) * queries[r * vectors + d];
+        for (int d = 0; d < vectors; ++d)
+          sum += load<V>(&keys.data[j * keys.stride + d * S::kLanes]) * queries[r * vectors + d];
         z[j * TileType::kRows + r] = sum_of_lanes<T, kVectorBytes>(sum);
       }
   }
