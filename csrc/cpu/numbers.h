@@ -40,10 +40,6 @@ struct Numbers {
 
 #if MODMOE_TAKES_BF16
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 struct Pair {
   BFloat16 first, second;
 };

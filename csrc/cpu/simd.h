@@ -54,6 +54,13 @@ inline To bit_cast(From from) {
   return to;
 }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The value of a stored number.
+inline float number(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+
 // By halves: few instructions, and an order that does not depend on the compiler.
 template <typename T, int Bytes>
 inline T sum_of_lanes(typename Simd<T, Bytes>::V v) {

@@ -8,6 +8,9 @@
 // a tile the rows are the lanes of vectors and the keys are walked one by one, newest first: the scan along keys, which
 // is what makes this attention slow elsewhere, is then one multiplication per vector and needs no shuffle.
 //
+// Keys and values may be stored in another type than T, in which everything is computed: a bf16 cache is converted block
+// by block as it is read, and what early stop leaves out not at all.
+//
 // The file knows no torch. Letters: B batch, T queries, S keys, D head dim; tensors are given by pointer and strides.
 #pragma once
 
@@ -37,12 +40,14 @@ struct Heads {
   }
 };
 
-template <typename T>
+template <typename T, typename Stored = T>
 struct Attention {
   int64_t batch, query_heads, kv_heads, queries, keys, dim;
-  Heads<const T> q, k, v;
+  Heads<const T> q;
+  Heads<const Stored> k, v;
   const bool* key_mask;           // (B, S), or null: all keys
   const int64_t* document_start;  // (B, T), or null: from key 0
+  const int64_t* lengths;         // (B), keys of each sequence, whose queries are the last T of them; or null: S
   T scale;
   bool attend_current;
   T stop_below;  // a tile whose sticks are all shorter reads no older keys; 0: read all
@@ -53,7 +58,7 @@ struct Attention {
 };
 
 // Up to `kRows` rows of one key/value head, and what each may see. `Wide` vectors of `Bytes` bytes hold the rows.
-template <typename T, int Bytes, int Wide>
+template <typename T, int Bytes, int Wide, typename Stored = T>
 struct Tile {
   using S = Simd<T, Bytes>;
   using V = typename S::V;
@@ -63,7 +68,7 @@ struct Tile {
   static constexpr int kLanes = S::kLanes;
   using Lane = typename S::Int;
 
-  const Attention<T>& p;
+  const Attention<T, Stored>& p;
   int64_t b, kv_head, row0;
   int count;
   int64_t query[kRows], head[kRows];  // of each row
@@ -71,7 +76,7 @@ struct Tile {
   int64_t oldest, newest;     // over all rows
   int64_t clear_from, clear_to;  // keys that every row may see
 
-  Tile(const Attention<T>& problem, int64_t n, int64_t tile)
+  Tile(const Attention<T, Stored>& problem, int64_t n, int64_t tile)
       : p(problem), b(n / problem.kv_heads), kv_head(n % problem.kv_heads), row0(tile * kRows) {
     count = int(std::min<int64_t>(kRows, p.rows() - row0));
     oldest = clear_to = p.keys;
@@ -79,11 +84,12 @@ struct Tile {
     Lane from[kRows], to[kRows];
     std::fill_n(from, kRows, 0), std::fill_n(to, kRows, -1);
     int64_t t = row0 / p.groups(), group = row0 % p.groups();
+    const int64_t before = (p.lengths ? p.lengths[b] : p.keys) - p.queries;
     for (int r = 0; r < count; ++r) {
       query[r] = t, head[r] = kv_head * p.groups() + group;
       // At most S, which means none: the lanes of float tiles hold 32 bits.
       if (p.document_start) from[r] = Lane(std::clamp<int64_t>(p.document_start[b * p.queries + t], 0, p.keys));
-      to[r] = Lane(p.keys - p.queries + t - !p.attend_current);
+      to[r] = Lane(before + t - !p.attend_current);
       oldest = std::min<int64_t>(oldest, from[r]), newest = std::max<int64_t>(newest, to[r]);
       clear_from = std::max<int64_t>(clear_from, from[r]), clear_to = std::min<int64_t>(clear_to, to[r]);
       if (++group == p.groups()) group = 0, ++t;
@@ -93,10 +99,32 @@ struct Tile {
 
   bool sees_all(int64_t from, int64_t to) const { return clear_from <= from && to - 1 <= clear_to; }
 
-  Left<T, false> keys(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
-  Left<T, false> values(int64_t from) const { return {p.v.at(b, kv_head, from), p.v.row_stride}; }
-  Left<T, true> keys_by_dim(int64_t from) const { return {p.k.at(b, kv_head, from), p.k.row_stride}; }
-  Left<T, true> values_by_dim(int64_t from) const { return {p.v.at(b, kv_head, from), p.v.row_stride}; }
+  // True if no row may see any of these keys, because they do not exist.
+  bool hides_all(int64_t from, int64_t to) const {
+    return p.key_mask && !std::memchr(p.key_mask + b * p.keys + from, true, to - from);
+  }
+
+  Left<T, false> keys(int64_t from, int64_t to) const { return block<false>(p.k, from, to); }
+  Left<T, false> values(int64_t from, int64_t to) const { return block<false>(p.v, from, to); }
+  Left<T, true> keys_by_dim(int64_t from, int64_t to) const { return block<true>(p.k, from, to); }
+  Left<T, true> values_by_dim(int64_t from, int64_t to) const { return block<true>(p.v, from, to); }
+
+  // Rows [from, to) of keys or values, where they lie; converted ones until the next call.
+  template <bool Transposed>
+  Left<T, Transposed> block(const Heads<const Stored>& x, int64_t from, int64_t to) const {
+    if constexpr (std::is_same_v<T, Stored>) {
+      return {x.at(b, kv_head, from), x.row_stride};
+    } else {
+      thread_local std::vector<T> converted;
+      converted.resize((to - from) * p.dim);
+      for (int64_t j = from; j < to; ++j) {
+        const Stored* const row = x.at(b, kv_head, j);
+        T* const copy = converted.data() + (j - from) * p.dim;
+        for (int64_t d = 0; d < p.dim; ++d) copy[d] = number(row[d]);
+      }
+      return {converted.data(), p.dim};
+    }
+  }
 
   const T* row_of(const Heads<const T>& x, int r) const { return x.at(b, head[r], query[r]); }
 
@@ -207,7 +235,7 @@ template <class TileType, typename T>
 void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
   using V = typename TileType::V;
   constexpr int kWide = TileType::kRows / TileType::S::kLanes;
-  const Attention<T>& p = tile.p;
+  const auto& p = tile.p;
   thread_local std::vector<V> memory;
   memory.resize((2 * p.dim + kKeyBlock) * kWide);
   V* const queries = memory.data();
@@ -219,10 +247,11 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
   tile.start_sticks(stick);
   for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
     from = std::max(tile.oldest, to - kKeyBlock);
+    if (tile.hides_all(from, to)) continue;
     const int block = int(to - from);
-    gemm<NarrowTile>(tile.keys(from), queries, kWide, z, kWide, block, kWide, p.dim, false);
+    gemm<NarrowTile>(tile.keys(from, to), queries, kWide, z, kWide, block, kWide, p.dim, false);
     tile.break_sticks(z, static_cast<V*>(nullptr), stick, from, to);
-    gemm<NarrowTile>(tile.values_by_dim(from), z, kWide, sum, kWide, int(p.dim), kWide, block, true);
+    gemm<NarrowTile>(tile.values_by_dim(from, to), z, kWide, sum, kWide, int(p.dim), kWide, block, true);
     if (tile.used_up(stick, from)) break;
   }
   tile.store_columns(sum, 1, out);
@@ -231,14 +260,14 @@ void forward_tile(const TileType& tile, const Heads<T>& out, T* remainder) {
 
 // Decoding: so few rows that they would leave most lanes empty. Here the lanes are dimensions and whole vectors of keys
 // and values are read, once for all rows, which makes it as fast as memory. It needs a D that fills vectors.
-template <typename T>
+template <typename T, typename Stored>
 struct Few {
   using S = Simd<T, kVectorBytes>;
   using V = typename S::V;
-  using TileType = Tile<T, 16, 1>;
+  using TileType = Tile<T, 16, 1, Stored>;
   static constexpr int kBlock = 64;  // keys: enough to hide what a block costs beside so few rows
 
-  static bool fits(const Attention<T>& p) { return p.rows() <= TileType::kRows && p.dim % S::kLanes == 0; }
+  static bool fits(const Attention<T, Stored>& p) { return p.rows() <= TileType::kRows && p.dim % S::kLanes == 0; }
 
   // z (keys, rows) = keys (keys, D) times queries (rows, D).
   static void scores(Left<T, false> keys, const V* queries, int rows, int vectors, int block, T* z) {
@@ -270,7 +299,7 @@ struct Few {
 
   template <int Rows>
   static void forward(const TileType& tile, const Heads<T>& out, T* remainder) {
-    const Attention<T>& p = tile.p;
+    const Attention<T, Stored>& p = tile.p;
     const int vectors = int(p.dim / S::kLanes);
     std::vector<V> memory(2 * Rows * vectors);
     V* const queries = memory.data();
@@ -283,12 +312,14 @@ struct Few {
     tile.start_sticks(stick);
     for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
       from = std::max(tile.oldest, to - kBlock);
+      if (tile.hides_all(from, to)) continue;
       const int block = int(to - from);
-      scores(tile.keys(from), queries, Rows, vectors, block, numbers);
+      scores(tile.keys(from, to), queries, Rows, vectors, block, numbers);
       tile.break_sticks(z, static_cast<typename TileType::V*>(nullptr), stick, from, to);
+      const Left<T, false> values = tile.values(from, to);
       int d = 0;
-      for (; d + 4 <= vectors; d += 4) add<Rows, 4>(tile.values(from), numbers, d, vectors, block, sums);
-      for (; d < vectors; ++d) add<Rows, 1>(tile.values(from), numbers, d, vectors, block, sums);
+      for (; d + 4 <= vectors; d += 4) add<Rows, 4>(values, numbers, d, vectors, block, sums);
+      for (; d < vectors; ++d) add<Rows, 1>(values, numbers, d, vectors, block, sums);
       if (tile.used_up(stick, from)) break;
     }
     for (int r = 0; r < Rows; ++r) {
@@ -307,18 +338,18 @@ struct Few {
 };
 
 // `parallel(n, f)` calls f(0) ... f(n - 1), on at most n threads.
-template <typename T, class Parallel>
-void forward(const Attention<T>& p, const Heads<T>& out, T* remainder, int threads, Parallel parallel) {
+template <typename T, typename Stored, class Parallel>
+void forward(const Attention<T, Stored>& p, const Heads<T>& out, T* remainder, int threads, Parallel parallel) {
   with_tile_size<T>(p.rows(), [&](auto bytes, auto wide) {
-    using TileType = Tile<T, bytes(), wide()>;
+    using TileType = Tile<T, bytes(), wide(), Stored>;
     const int64_t units = p.problems() * divide_up(p.rows(), TileType::kRows);
     // Later rows see more keys: strips take every threads-th tile, so that all have the same work.
     parallel(threads, [&](int64_t strip) {
       for (int64_t unit = strip; unit < units; unit += threads) {
         const TileType tile(p, unit % p.problems(), unit / p.problems());
-        if constexpr (std::is_same_v<TileType, typename Few<T>::TileType>)
-          if (Few<T>::fits(p)) {
-            Few<T>::forward(tile, out, remainder);
+        if constexpr (std::is_same_v<TileType, typename Few<T, Stored>::TileType>)
+          if (Few<T, Stored>::fits(p)) {
+            Few<T, Stored>::forward(tile, out, remainder);
             continue;
           }
         forward_tile(tile, out, remainder);
@@ -369,7 +400,7 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
   for (int64_t to = tile.newest + 1, from; to > tile.oldest; to = from) {
     from = std::max(tile.oldest, to - kKeyBlock);
     V* const z = weights.data() + (from - tile.oldest) * kWide;
-    gemm<NarrowTile>(tile.keys(from), columns, kWide, z, kWide, int(to - from), kWide, p.dim, false);
+    gemm<NarrowTile>(tile.keys(from, to), columns, kWide, z, kWide, int(to - from), kWide, p.dim, false);
     tile.break_sticks(z, sigmoids.data() + (from - tile.oldest) * kWide, stick, from, to);
     if (tile.used_up(stick, from)) {
       stop = from;
@@ -388,7 +419,7 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
     V* const w = weights.data() + (from - tile.oldest) * kWide;
     const V* const beta = sigmoids.data() + (from - tile.oldest) * kWide;
     const Left<T, false> weight_rows{reinterpret_cast<const T*>(w), kRows};
-    gemm<NarrowTile>(tile.values(from), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
+    gemm<NarrowTile>(tile.values(from, to), columns, kWide, dweights, kWide, block, kWide, p.dim, false);
     gemm<NarrowTile>(weight_rows, dout_rows, dim_vectors, dv + from * dim_vectors, dim_vectors, block, dim_vectors,
                      tile.count, true);
     for (int i = 0; i < block * kWide; ++i) {
@@ -398,7 +429,7 @@ void backward_tile(const TileType& tile, const Gradients<T>& g, typename TileTyp
     }
     gemm<NarrowTile>(weight_rows, query_rows, dim_vectors, dk + from * dim_vectors, dim_vectors, block, dim_vectors,
                      tile.count, true);
-    gemm<NarrowTile>(tile.keys_by_dim(from), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
+    gemm<NarrowTile>(tile.keys_by_dim(from, to), w, kWide, dq, kWide, int(p.dim), kWide, block, true);
   }
   tile.store_columns(dq, p.scale, g.dq);
 }

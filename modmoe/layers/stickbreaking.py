@@ -26,6 +26,8 @@ class StickbreakingMask(NamedTuple):
     """(B, S) bool, keys that exist; None is all."""
     document_start: Tensor | None = None
     """(B, T) int64, first key that each query may see; None is the first of all."""
+    lengths: Tensor | None = None
+    """(B,) int64, keys of each sequence where the cache has room for more, as `StaticCache` has; None is S."""
 
 
 def stickbreaking_attention_forward(
@@ -70,6 +72,7 @@ def stickbreaking_attention_forward(
         attend_current=getattr(config, "attend_current", True),
         key_mask=mask.key_mask,
         document_start=mask.document_start,
+        lengths=mask.lengths,
         return_weights=want_weights,
         # The only one that has weights, whichever is chosen for the rest.
         backend="reference" if want_weights else None,
@@ -110,8 +113,8 @@ def stickbreaking_mask(
         raise ValueError("stick-breaking attention is causal and cannot honour or_mask_function or and_mask_function")
     if kv_offset or kv_length != q_offset + q_length:
         raise ValueError(
-            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "
-            f"got {kv_length} slots for {q_offset} cached and {q_length} new tokens; use DynamicCache"
+            f"transformers hands stick-breaking attention no cache with unused slots: got {kv_length} slots for "
+            f"{q_offset} cached and {q_length} new tokens; use DynamicCache"
         )
     if attention_mask is not None and attention_mask.shape != (batch_size, kv_length):
         raise ValueError(

@@ -60,7 +60,8 @@ def attention_inputs(
     """
     Args:
         embeds: (B, T, H).
-        attention_mask: (B, S), 0 for padding; softmax also takes a prepared 4-D mask.
+        attention_mask: (B, S), 0 for padding; softmax also takes a prepared 4-D mask, and so does stick-breaking
+            attention of one token to a static cache (`slot_mask`).
         position_ids: (B, T) or (1, T).
         cache: of the tokens before these.
         rotary_emb: RoPE, softmax without learned positions.
@@ -69,14 +70,15 @@ def attention_inputs(
         ValueError: inputs that contradict each other or the config.
     """
     batch, length = embeds.shape[:2]
-    seen = 0 if cache is None else cache.get_seq_length()
+    seen = tokens_seen(cache)
     check_context(config, attention_mask, batch, length, seen, cache)
     starts = None
-    if position_ids is not None and seen == 0:
+    if position_ids is not None and not isinstance(seen, torch.Tensor) and seen == 0:
         real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
         starts = document_starts(position_ids.expand(batch, -1), real)
     if config.attention_type == "stickbreaking":
-        return AttentionInputs(StickbreakingMask(None if attention_mask is None else attention_mask.bool(), starts))
+        mask = StickbreakingMask(None if attention_mask is None else attention_mask.bool(), starts)
+        return AttentionInputs(mask if (room := slots(cache)) is None else _of_slots(mask, room, embeds, seen))
     if position_ids is None:
         position_ids = next_positions(embeds, cache)
     arguments: dict[str, Any] = {"position_ids": position_ids}
@@ -95,10 +97,52 @@ def attention_inputs(
     return AttentionInputs(mask, embeddings, arguments)
 
 
+def slots(cache: Cache | None) -> int | None:
+    """How many tokens a static cache has room for; None for a cache that grows, and for none."""
+    return cache.get_mask_sizes(1, 0)[0] if cache is not None and cache.is_compileable else None
+
+
+def tokens_seen(cache: Cache | None) -> int | torch.Tensor:
+    """Tokens in the cache; a 0-dim tensor where a static cache is read by code that is being compiled."""
+    seen = 0 if cache is None else cache.get_seq_length()
+    return seen if torch.compiler.is_compiling() else int(seen)
+
+
+def _of_slots(mask: StickbreakingMask, room: int, embeds: torch.Tensor, seen: int | torch.Tensor) -> StickbreakingMask:
+    """The mask (B, S) of the tokens so far, or a `slot_mask`, for all slots of a static cache."""
+    batch, length = embeds.shape[:2]
+    key_mask = mask.key_mask
+    if key_mask is not None:
+        key_mask = key_mask[:, 0, 0] if key_mask.ndim == 4 else _for_slots(key_mask, room)
+    lengths = torch.zeros(batch, dtype=torch.int64, device=embeds.device) + (seen + length)
+    return mask._replace(key_mask=key_mask, lengths=lengths)
+
+
+def slot_mask(attention_mask: torch.Tensor | None, length: int, cache: Cache) -> torch.Tensor | None:
+    """
+    For `generate` with a static cache: the mask of one token in a shape that does not change from token to token.
+
+    Args:
+        attention_mask: (B, S), 0 for padding.
+        length: T.
+        cache: a static one.
+
+    Returns:
+        (B, 1, 1, slots) bool for one token; else `attention_mask`.
+    """
+    room = slots(cache)
+    if attention_mask is None or room is None or length > 1:
+        return attention_mask
+    return _for_slots(attention_mask.bool(), room)[:, None, None]
+
+
+def _for_slots(mask: torch.Tensor, room: int) -> torch.Tensor:
+    return nn.functional.pad(mask, (0, room - mask.shape[1]), value=False)
+
+
 def next_positions(embeds: torch.Tensor, cache: Cache | None) -> torch.Tensor:
     """(1, T): positions that go on from the cache, for new tokens (B, T, H)."""
-    seen = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(embeds.shape[1], device=embeds.device) + seen)[None]
+    return (torch.arange(embeds.shape[1], device=embeds.device) + tokens_seen(cache))[None]
 
 
 def flash_documents(starts: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
@@ -170,23 +214,29 @@ def check_context(
 ) -> None:
     if length == 0:
         raise ValueError("input_ids hold no tokens (sequence length 0)")
-    if cache is not None and cache.is_compileable:
+    room = slots(cache)
+    if room is not None:
+        if not config.is_causal:
+            raise ValueError(
+                "a bidirectional model (is_causal=False) would see the unused slots of a "
+                f"{type(cache).__name__}: give all tokens at once, without a cache"
+            )
+        if not isinstance(seen, torch.Tensor) and seen + length > room:
+            raise ValueError(
+                f"the {type(cache).__name__} has room for {room} tokens, and is given {length} after {seen}: make it "
+                "larger (max_cache_len)"
+            )
         if config.attention_type == "softmax":
-            if not config.is_causal:
-                raise ValueError(
-                    "a bidirectional model (is_causal=False) would see the unused slots of a "
-                    f"{type(cache).__name__}: give all tokens at once, without a cache"
-                )
-            return  # its width is the cache's, which holds more slots than tokens
-        raise ValueError(
-            f"stick-breaking attention counts back from the newest key, so it needs a cache without unused slots: "
-            f"use DynamicCache, not {type(cache).__name__}"
-        )
+            return  # masks may be as wide as the cache
+        if attention_mask is not None and attention_mask.shape == (batch, 1, 1, room) and length == 1:
+            return
     if not config.is_causal and seen:
         raise ValueError(
             "a bidirectional model (is_causal=False) cannot continue from a cache: give all tokens at once"
         )
     if attention_mask is None or (attention_mask.ndim != 2 and config.attention_type == "softmax"):
+        return
+    if isinstance(seen, torch.Tensor):
         return
     wanted = (batch, seen + length)
     if attention_mask.shape != wanted:

@@ -72,16 +72,19 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
     Args:
         values: (B, heads, S, D).
         length: T, of the last keys.
-        mask: keys that exist, and where documents start.
+        mask: keys that exist, where documents start, and where sequences end.
 
     Returns:
         (B, T, heads, D) fp32 or wider: the mean over the keys from each token's document start to the token itself;
         0 where there are none.
     """
     exists = mask.key_mask
-    if exists is None:
+    if exists is None and mask.lengths is None:
         exists = values.new_ones((), dtype=torch.bool).expand(len(values), values.shape[2])
     else:
+        if mask.lengths is not None:
+            values, exists = _newest_last(values, exists, mask.lengths)
+        assert exists is not None
         values = values * exists[:, None, :, None].to(values.dtype)
     sums = _running_sum(values.transpose(1, 2), length)
     counts = _running_sum(exists[:, :, None, None].to(sums.dtype), length)
@@ -89,6 +92,17 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
         # Documents are packed only where nothing is cached: token t is key t.
         sums, counts = (x - _before(x, mask.document_start) for x in (sums, counts))
     return sums / counts.clamp(min=1)
+
+
+def _newest_last(
+    values: torch.Tensor, exists: torch.Tensor | None, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn the slots (B, heads, S, D) of a static cache round: those without a token come first."""
+    num_slots = values.shape[2]
+    index = (torch.arange(num_slots, device=values.device) + lengths[:, None]) % num_slots
+    used = index < lengths[:, None]
+    values = values.take_along_dim(index[:, None, :, None], 2)
+    return values, used if exists is None else used & exists.gather(1, index)
 
 
 def _running_sum(x: torch.Tensor, length: int) -> torch.Tensor:

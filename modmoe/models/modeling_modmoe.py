@@ -12,6 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
@@ -34,6 +35,7 @@ from modmoe.models.context import (
     check_positions,
     check_token_ids,
     next_positions,
+    slot_mask,
 )
 from modmoe.models.loading import StrictPreTrainedModel
 from modmoe.models.outputs import ModMoECausalLMOutputWithPast, ModMoEModelOutputWithPast
@@ -419,7 +421,7 @@ class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
     """The model with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    # Proven by tests/unit/models/test_compile.py, of passes without a cache.
+    # Proven by tests/unit/models/test_compile.py without a cache, and by test_static_cache.py with one.
     _can_compile_fullgraph = True
 
     def __init__(self, config: ModMoEConfig) -> None:
@@ -429,6 +431,25 @@ class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = causal_lm_loss
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ModMoEConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        **kwargs: Any,
+    ) -> Any:
+        """What `generate` passes as attention mask where there is a static cache; it calls this."""
+        if config.attention_type == "stickbreaking":
+            return slot_mask(attention_mask, inputs_embeds.shape[1], past_key_values)
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
 
     @can_return_tuple
     def forward(

@@ -218,11 +218,13 @@ _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor order, Tensor inverse, Tensor offsets, Tensor? gates, "
     "SymInt top_k, str source, str target, str backend"
 )
-library.define(f"grouped_linear({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+# Compiled graphs leave them out of CUDA graphs: on most devices grouped_mm waits for the host.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+library.define(f"grouped_linear({_ARGUMENTS}) -> Tensor", tags=_TAGS)
 library.define(
     f"grouped_linear_backward(Tensor dy, {_ARGUMENTS}, bool needs_x, bool needs_weight, bool needs_gates)"
     " -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=_TAGS,
 )
 library.impl("grouped_linear", _forward, "CompositeExplicitAutograd")
 library.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import stickbreaking_triton
 from .backend import DTYPES, autocast_dtype, choose_backend, library, requested_backend, without_autocast
-from .stickbreaking import stickbreaking_attention
+from .stickbreaking import check_lengths, stickbreaking_attention
 
 _OP = "stickbreaking_paged_attention"
 BACKENDS = ("triton", "torch")
@@ -93,12 +93,7 @@ def _check(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, len
 
 def _check_values(block_table: Tensor, lengths: Tensor, num_queries: int, num_pages: int, page_size: int) -> None:
     """Look at the numbers in the table; tensors on the CPU."""
-    longest = block_table.shape[1] * page_size
-    if bool(((lengths < num_queries) | (lengths > longest)).any()):
-        raise ValueError(
-            f"lengths must be between the {num_queries} new tokens and the {longest} slots of the table, "
-            f"got {lengths.tolist()}"
-        )
+    check_lengths(lengths, num_queries, block_table.shape[1] * page_size)
     used = torch.arange(block_table.shape[1]) * page_size < lengths[:, None]
     if bool((used & ((block_table < 0) | (block_table >= num_pages))).any()):
         raise ValueError(f"there are {num_pages} pages, block_table names {block_table[used].unique().tolist()}")
@@ -123,37 +118,30 @@ def _forward(
         return stickbreaking_triton.paged_forward(
             q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop
         )
-    k, v, key_mask = _gather(k_pages, v_pages, block_table, lengths, q.shape[2])
+    k, v = _gather(k_pages, v_pages, block_table, lengths)
     out, remainder = stickbreaking_attention(
         q,
         k,
         v,
         scale=scale,
         attend_current=attend_current,
-        key_mask=key_mask,
+        lengths=lengths,
         early_stop=early_stop,
         backend=None if backend == "auto" else "torch",
     )
     return out, remainder
 
 
-def _gather(
-    k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, num_queries: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy the pages to (B, Hkv, S, D) so that all sequences end at S, and say which keys exist, (B, S)."""
+def _gather(k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy the pages of the table to keys and values (B, Hkv, S, D); of pages past a sequence's length, any."""
     page_size = k_pages.shape[1]
-    length = max(block_table.shape[1] * page_size, num_queries)
+    num_pages = block_table.shape[1]
     if lengths.device.type == "cpu" and lengths.numel():  # elsewhere this would be a host sync
-        length = int(lengths.max())
-    index = torch.arange(length, device=lengths.device) - (length - lengths[:, None])
-    exists = index >= 0
-    index = index.clamp(min=0)
-    page = torch.where(exists, block_table.gather(1, index // page_size), 0)
-    # Slots that nobody wrote may hold anything, and 0 * nan is nan.
-    k, v = (
-        x[page, index % page_size].masked_fill(~exists[..., None, None], 0).transpose(1, 2) for x in (k_pages, v_pages)
-    )
-    return k, v, exists
+        num_pages = -(-int(lengths.max()) // page_size)
+    used = torch.arange(num_pages, device=lengths.device) * page_size < lengths[:, None]
+    page = torch.where(used, block_table[:, :num_pages], 0)
+    k, v = (x[page].flatten(1, 2).transpose(1, 2) for x in (k_pages, v_pages))
+    return k, v
 
 
 def _forward_fake(

@@ -20,6 +20,7 @@ def stickbreaking_attention(
     attend_current: bool,
     key_mask: Tensor | None,
     document_start: Tensor | None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, remainder, weights) from the whole (B, Hq, T, S) matrix of weights.
 
@@ -28,13 +29,14 @@ def stickbreaking_attention(
     num_queries, num_keys = q.shape[2], k.shape[2]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     groups = q.shape[1] // k.shape[1]
-    keys, values = (x.to(work).repeat_interleave(groups, dim=1) for x in (k, v))
+    ends = torch.full((1, 1, 1, 1), num_keys, device=q.device) if lengths is None else lengths[:, None, None, None]
+    query_index = ends - num_queries + torch.arange(num_queries, device=q.device)[:, None]
+    key_index = torch.arange(num_keys, device=q.device)
+    # Behind the end there may be anything, and 0 * nan is nan.
+    keys, values = (x.to(work).repeat_interleave(groups, 1).masked_fill((key_index >= ends).mT, 0) for x in (k, v))
     z = q.to(work) @ keys.mT * scale
 
-    query_index = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
-    key_index = torch.arange(num_keys, device=q.device)
     visible = key_index <= query_index if attend_current else key_index < query_index
-    visible = visible[None, None]
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if document_start is not None:

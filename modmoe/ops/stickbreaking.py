@@ -40,6 +40,7 @@ def stickbreaking_attention(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     document_start: Tensor | None = None,
+    lengths: Tensor | None = None,
     return_weights: bool = False,
     early_stop: bool = True,
     backend: str | None = None,
@@ -62,6 +63,9 @@ def stickbreaking_attention(
             B * T; documents do not cross rows. Needs T == S. Values are not checked.
         document_start: (B, T) integer, index of the first key that each query may see; the general form of
             `cu_seqlens`, give one of them.
+        lengths: (B,) int32 or int64, T to S: of a cache with room for more, how many keys each sequence has. Its
+            queries are the last T of them, and what lies behind is not read. There is no gradient. On other devices
+            than the CPU, where a look would stop the device, values are not checked.
         return_weights: also return the weights (B, Hq, T, S), through the reference.
         early_stop: let a block of queries stop reading older keys once all its sticks are used up; what it leaves out,
             of the remainder too, is below the resolution of q's dtype. A permission: "torch" and "reference" read all
@@ -73,12 +77,13 @@ def stickbreaking_attention(
         weights in that dtype. All are differentiable.
 
     Raises:
-        ValueError: shapes that do not fit, T > S, Hq not a multiple of Hkv, both `cu_seqlens` and `document_start`.
+        ValueError: shapes that do not fit, T > S, Hq not a multiple of Hkv, both `cu_seqlens` and `document_start`,
+            lengths below T or above S.
         TypeError: dtypes that differ or are not what is said above.
-        RuntimeError: tensors on several devices, or a backend that cannot be had.
+        RuntimeError: tensors on several devices, a gradient wanted with `lengths`, or a backend that cannot be had.
     """
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
-    _check(q, k, v, key_mask, cu_seqlens, document_start)
+    _check(q, k, v, key_mask, cu_seqlens, document_start, lengths)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if cu_seqlens is not None:
@@ -87,10 +92,10 @@ def stickbreaking_attention(
     if return_weights and name not in ("auto", "reference"):
         raise RuntimeError(f"stickbreaking_attention: backend {name!r} has no weights to return, 'reference' has them")
     if return_weights or name == "reference":
-        result = reference.stickbreaking_attention(q, k, v, scale, attend_current, key_mask, document_start)
+        result = reference.stickbreaking_attention(q, k, v, scale, attend_current, key_mask, document_start, lengths)
         return result if return_weights else result[:2]
     out, remainder = torch.ops.modmoe.stickbreaking_attention(
-        q, k, v, key_mask, document_start, scale, attend_current, early_stop, name
+        q, k, v, key_mask, document_start, scale, attend_current, early_stop, name, lengths
     )
     return out, remainder
 
@@ -110,6 +115,7 @@ def _check(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     document_start: Tensor | None,
+    lengths: Tensor | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
@@ -148,7 +154,14 @@ def _check(
             raise ValueError(
                 f"document_start must have shape ({batch}, {num_queries}), got {tuple(document_start.shape)}"
             )
-    devices = {t.device for t in (q, k, v, key_mask, cu_seqlens, document_start) if t is not None}
+    if lengths is not None:
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise RuntimeError("attention with lengths has no gradient: call it under torch.no_grad()")
+    devices = {t.device for t in (q, k, v, key_mask, cu_seqlens, document_start, lengths) if t is not None}
     if len(devices) > 1:
         raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
 
@@ -156,6 +169,19 @@ def _check(
 def _implementation(name: str, q: Tensor) -> ModuleType:
     problems = {key: partial(module.problem, q) for key, module in _IMPLEMENTATIONS.items()}
     return _IMPLEMENTATIONS[choose_backend("stickbreaking_attention", name, problems)]
+
+
+def check_lengths(lengths: Tensor, num_queries: int, num_keys: int) -> None:
+    """Look at numbers on the CPU.
+
+    Raises:
+        ValueError: a sequence with fewer keys than queries, or with more than there is room for.
+    """
+    if bool(((lengths < num_queries) | (lengths > num_keys)).any()):
+        raise ValueError(
+            f"lengths must be between the {num_queries} queries and the {num_keys} keys there is room for, "
+            f"got {lengths.tolist()}"
+        )
 
 
 @without_autocast
@@ -169,9 +195,12 @@ def _forward(
     attend_current: bool,
     early_stop: bool,
     backend: str,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if lengths is not None and lengths.device.type == "cpu":
+        check_lengths(lengths, q.shape[2], k.shape[2])
     run = _implementation(backend, q).forward
-    result: tuple[Tensor, Tensor] = run(q, k, v, key_mask, document_start, scale, attend_current, early_stop)
+    result: tuple[Tensor, Tensor] = run(q, k, v, key_mask, document_start, scale, attend_current, early_stop, lengths)
     return result
 
 
@@ -207,6 +236,7 @@ def _forward_fake(
     attend_current: bool,
     early_stop: bool,
     backend: str,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     remainder = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), remainder
@@ -229,7 +259,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.attend_current, ctx.early_stop, ctx.backend = inputs
+    *tensors, ctx.scale, ctx.attend_current, ctx.early_stop, ctx.backend, _lengths = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -237,14 +267,17 @@ def _autograd(ctx: Any, dout: Tensor, drem: Tensor) -> tuple[Tensor | None, ...]
     grads = torch.ops.modmoe.stickbreaking_attention_backward(
         dout, drem, *ctx.saved_tensors, ctx.scale, ctx.attend_current, ctx.early_stop, ctx.backend
     )
-    return *grads, None, None, None, None, None, None
+    return *grads, *(None,) * 7
 
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? document_start, float scale, bool attend_current, "
     "bool early_stop, str backend"
 )
-library.define(f"stickbreaking_attention({_ARGUMENTS}) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+library.define(
+    f"stickbreaking_attention({_ARGUMENTS}, Tensor? lengths=None) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 library.define(
     f"stickbreaking_attention_backward(Tensor dout, Tensor drem, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,

@@ -17,12 +17,18 @@ def forward(
     scale: float,
     attend_current: bool,
     early_stop: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and remainder."""
     work = torch.promote_types(q.dtype, torch.float32)
+    # The kernel reads keys in bfloat16 where they are: a cache of them is long.
+    stored = k.dtype if k.dtype == torch.bfloat16 else work
     out, remainder = torch.ops.modmoe_cpu.stickbreaking_forward(
-        *(_rows(x, work) for x in (q, k, v)),
+        _rows(q, work),
+        _rows(k, stored),
+        _rows(v, stored),
         *_limits(key_mask, document_start),
+        None if lengths is None else lengths.to(torch.int64).contiguous(),
         scale,
         attend_current,
         _stop_below(q.dtype, early_stop),

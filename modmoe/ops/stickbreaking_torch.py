@@ -79,6 +79,19 @@ def _problem(
     )
 
 
+def _ending_together(
+    k: Tensor, v: Tensor, key_mask: Tensor | None, document_start: Tensor | None, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Copy the keys of sequences of some lengths (B,) so that all end at S; what is before them does not exist."""
+    shift = k.shape[2] - lengths[:, None]
+    index = torch.arange(k.shape[2], device=k.device) - shift
+    exists = index >= 0
+    index = index.clamp(min=0)
+    k, v = (x.take_along_dim(index[:, None, :, None], 2) for x in (k, v))
+    key_mask = exists if key_mask is None else exists & key_mask.gather(1, index)
+    return k, v, key_mask, None if document_start is None else document_start + shift
+
+
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(B, Hq, T, ...) -> (B * Hkv, T, G, ...), contiguous."""
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads)).transpose(2, 3).flatten(0, 1).contiguous()
@@ -188,8 +201,11 @@ def forward(
     scale: float,
     attend_current: bool,
     early_stop: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and remainder; old keys are read even when the stick is used up."""
+    if lengths is not None:
+        k, v, key_mask, document_start = _ending_together(k, v, key_mask, document_start, lengths)
     p = _problem(q, k, v, key_mask, document_start, scale, attend_current)
     out = torch.empty_like(p.q)
     remainder = out.new_empty(out.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))

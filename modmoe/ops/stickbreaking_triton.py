@@ -50,7 +50,7 @@ class _Keys(NamedTuple):
     k_strides: tuple[int, ...]
     v_strides: tuple[int, ...]
     heads: int
-    length: int
+    length: int  # at most
     table: Tensor | None = None
     lengths: Tensor | None = None
     page_size: int = 1
@@ -102,10 +102,12 @@ def forward(
     scale: float,
     attend_current: bool,
     early_stop: bool,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and remainder; few queries against many keys run with the keys split among programs."""
     k, v = _dense_rows(k), _dense_rows(v)
-    keys = _Keys(k, v, k.stride()[:3], v.stride()[:3], k.shape[1], k.shape[2])
+    lengths = None if lengths is None else lengths.to(torch.int32).contiguous()
+    keys = _Keys(k, v, k.stride()[:3], v.stride()[:3], k.shape[1], k.shape[2], lengths=lengths)
     return _attend(q, keys, key_mask, document_start, scale, attend_current, early_stop)
 
 

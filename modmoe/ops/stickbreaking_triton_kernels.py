@@ -173,6 +173,8 @@ def forward_kernel(
     row_block = row_blocks - 1 - tl.program_id(0) % row_blocks  # most keys first
     batch = (head // kv_heads).to(tl.int64)
     kv_head = (head % kv_heads).to(tl.int64)
+    if mask_ptr is not None:
+        mask_ptr += batch * num_keys
     if lengths_ptr is not None:
         num_keys = tl.minimum(tl.load(lengths_ptr + batch), num_keys)
 
@@ -184,8 +186,6 @@ def forward_kernel(
     oldest = num_keys - num_queries - (0 if ATTEND else 1)  # the last key that query 0 sees
     k_ptr += kv_head * k_head
     v_ptr += kv_head * v_head
-    if mask_ptr is not None:
-        mask_ptr += batch * num_keys
 
     # Of the blocks that the rows see, [last, block) belong to this split.
     last, whole, end = _key_blocks(row_block, start, oldest, num_queries, G, M, N)

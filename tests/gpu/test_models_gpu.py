@@ -53,6 +53,17 @@ def test_a_cache_changes_nothing(attention_type: str) -> None:
     assert relative_error(torch.cat(steps, 1), whole) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention_type", ["stickbreaking", "softmax"])
+def test_a_static_cache_changes_nothing(attention_type: str) -> None:
+    """`generate` compiles its steps by itself on a GPU."""
+    model = build(attention_type=attention_type).to(DEVICE).eval()
+    ids = batch(DEVICE)["input_ids"]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert model.generate(ids, **options, cache_implementation="static").equal(expected)
+
+
 def test_one_graph() -> None:
     model = build().to(DEVICE)
     compiled = torch.compile(model, fullgraph=True)

@@ -14,6 +14,7 @@ from tests.unit.ops.test_stickbreaking_triton import (
     Attention,
     attend,
     check_golden,
+    check_lengths,
     check_small_sigmoids,
     expected_results,
     make,
@@ -130,3 +131,9 @@ def test_paged_equals_contiguous(dtype: torch.dtype) -> None:
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(out[b : b + 1], expected[0], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(remainder[b : b + 1], expected[1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 40])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_sequences_of_different_lengths(dtype: torch.dtype, num_queries: int) -> None:
+    check_lengths(dtype, num_queries, True, "both", TOLERANCE[dtype])

@@ -302,8 +302,8 @@ def test_bad_inputs_are_named(ids):
         model(ids, attention_mask=torch.ones(3, 1))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="DynamicCache, not StaticCache"):
-        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    with pytest.raises(ValueError, match="StaticCache has room for 8 tokens, and is given 20 after 0"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=8))
     with pytest.raises(ValueError, match="no tokens"):
         model(ids[:, :0])
     bidirectional = build(attention_type="softmax", is_causal=False).eval()

@@ -130,7 +130,7 @@ def test_errors_name_the_value() -> None:
     fails(TypeError, "lengths must be int32 or int64, got torch.float32", [*inputs[:4], lengths.float()])
     fails(
         ValueError,
-        r"between the 3 new tokens and the 16 slots of the table, got \[5, 12, 2\]",
+        r"between the 3 queries and the 16 keys there is room for, got \[5, 12, 2\]",
         [*inputs[:4], lengths - (lengths == 3).long()],
     )
     fails(ValueError, r"got \[5, 12, 17\]", [*inputs[:4], torch.tensor([5, 12, 17])])

@@ -153,14 +153,15 @@ def test_many_blocks_against_the_reference(
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Also when decoding, where some lanes of a tile have no row.
 @pytest.mark.parametrize("heads_queries_dim", [(2, 64, 8), (2, 1, 64), (3, 1, 32), (1, 3, 16), (3, 1, 24)], ids=str)
 def test_early_stop_leaves_old_keys_unread(
-    implementation: str, heads_queries_dim: tuple[int, int, int], early_stop: bool
+    implementation: str, heads_queries_dim: tuple[int, int, int], dtype: torch.dtype, early_stop: bool
 ) -> None:
     """Keys past the stop may be anything, even not numbers."""
     heads, num_queries, dim = heads_queries_dim
-    q, k, v = (x.detach() for x in make((1, heads, 1, num_queries, 512, dim), torch.float32))
+    q, k, v = (x.detach() for x in make((1, heads, 1, num_queries, 512, dim), dtype))
     k[:, :, :256] = v[:, :, :256] = math.nan
     out, remainder = stickbreaking_attention(q, k, v, early_stop=early_stop)
     unread = early_stop and implementation == "cpp"
@@ -314,6 +315,59 @@ def test_decoding_equals_the_full_run(num_queries: int, attend_current: bool, dt
         torch.testing.assert_close(a[:, :, -num_queries:], b)
 
 
+@pytest.mark.parametrize("backend", ["chosen", "reference"])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("attend_current", [True, False], ids=["current", "strict"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 4, 2, 1, 150, 64), (3, 2, 2, 1, 90, 24), (3, 3, 1, 21, 90, 16)], ids=str)
+def test_sequences_of_different_lengths(
+    shape: tuple[int, ...], dtype: torch.dtype, attend_current: bool, masks: bool, backend: str
+) -> None:
+    """Each as if its keys were all there is; behind them there may be anything."""
+    q, k, v = (x.detach() for x in make(shape, dtype))
+    batch, _, _, num_queries, num_keys, _ = shape
+    lengths = torch.tensor([num_queries, num_keys // 2, num_keys], dtype=torch.int32)
+    key_mask = torch.rand(batch, num_keys) > 0.3 if masks else None
+    start = torch.randint(0, num_keys // 2, (batch, num_queries)) if masks else None
+    for x, value in ((k, math.nan), (v, math.inf)):
+        for row, length in zip(x, lengths, strict=True):
+            row[:, length:] = value
+    options = {"attend_current": attend_current, "backend": None if backend == "chosen" else backend}
+    together = stickbreaking_attention(q, k, v, key_mask=key_mask, document_start=start, lengths=lengths, **options)
+    for b, length in enumerate(lengths):
+        limits = {
+            "key_mask": None if key_mask is None else key_mask[b : b + 1, :length],
+            "document_start": None if start is None else start[b : b + 1],
+        }
+        alone = stickbreaking_attention(
+            q[b : b + 1], k[b : b + 1, :, :length], v[b : b + 1, :, :length], **limits, **options
+        )
+        for a, e in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[b : b + 1], e)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 2, 1, 150, 64), (2, 4, 2, 1, 90, 24), (2, 3, 1, 21, 90, 16)], ids=str)
+def test_a_bf16_cache_is_read_as_it_is(implementation: str, shape: tuple[int, ...]) -> None:
+    """Nothing is rounded but the result."""
+    if implementation != "cpp":
+        pytest.skip("PyTorch's products round what is between")
+    half = [x.detach() for x in make(shape, torch.bfloat16)]
+    out, remainder = stickbreaking_attention(*half, early_stop=False)
+    expected, expected_remainder = stickbreaking_attention(*(x.float() for x in half), early_stop=False)
+    torch.testing.assert_close(out, expected.bfloat16())
+    torch.testing.assert_close(remainder, expected_remainder)
+
+
+@pytest.mark.parametrize("num_queries", [1, 9])
+def test_keys_that_do_not_exist_are_not_read(implementation: str, num_queries: int) -> None:
+    """Blocks of them, as padding makes. Others may be read, and then must be finite."""
+    q, k, v = (x.detach() for x in make((1, 2, 2, num_queries, 300, 64), torch.float32))
+    mask = torch.arange(300)[None] >= 128
+    k[:, :, :64] = v[:, :, :64] = math.nan
+    out, remainder = stickbreaking_attention(q, k, v, key_mask=mask, early_stop=False)
+    assert bool(out.isfinite().all() and remainder.isfinite().all()) == (implementation == "cpp")
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest tensor that any operation made."""
 
@@ -421,6 +475,8 @@ def test_well_behaved_op(implementation: str, masked: bool, dtype: torch.dtype) 
     start = torch.randint(0, 3, (2, 4)) if masked else None
     options = (key_mask, start, 0.5, True, True, implementation)
     torch.library.opcheck(torch.ops.modmoe.stickbreaking_attention, (q, k, v, *options))
+    cached = (q.detach(), k.detach(), v.detach(), *options, torch.tensor([4, 5]))
+    torch.library.opcheck(torch.ops.modmoe.stickbreaking_attention, cached)
     out, remainder = torch.ops.modmoe.stickbreaking_attention(q, k, v, *options)
     torch.library.opcheck(
         torch.ops.modmoe.stickbreaking_attention_backward,
@@ -476,3 +532,10 @@ def test_errors_name_the_value() -> None:
     fails(ValueError, r"document_start must have shape \(2, 3\)")(q, k, v, document_start=both["document_start"])
     fails(TypeError, "document_start must be int32 or int64")(q, k, v, document_start=torch.zeros(2, 3))
     fails(RuntimeError, "one device, got")(q, k.to("meta"), v)
+    fails(TypeError, "lengths must be int32 or int64, got torch.float32")(q, k, v, lengths=torch.ones(2))
+    fails(ValueError, r"lengths must have shape \(2,\), got \(1,\)")(q, k, v, lengths=torch.tensor([3]))
+    for wrong in ([2, 5], [3, 6]):
+        message = rf"between the 3 queries and the 5 keys there is room for, got \{wrong}"
+        fails(ValueError, message)(q, k, v, lengths=torch.tensor(wrong))
+    leaf = q.clone().requires_grad_()
+    fails(RuntimeError, "has no gradient: call it under torch.no_grad")(leaf, k, v, lengths=torch.tensor([4, 5]))

@@ -1,0 +1,89 @@
+"""Stick-breaking attention to a cache with room for tokens to come: as to one that grows, and compiled once."""
+
+import pytest
+import torch
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+from .conftest import build
+
+ROOM = 32
+EXTENSIONS = [
+    {"name": "group", "num_experts": 3, "num_experts_per_tok": 2, "num_attn_experts": 2},
+    {"name": "common", "num_experts": 1, "num_attn_experts": 2, "mode": "common"},
+]
+CASES = {"plain": {}, "strict": {"attend_current": False}, "extended": {"extensions": EXTENSIONS}}
+
+
+def padding(ids: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    return mask
+
+
+def steps(model, ids: torch.Tensor, mask: torch.Tensor | None, cache, widths: list[int]) -> list[torch.Tensor]:
+    logits, seen = [], 0
+    for width in widths:
+        end = seen + width
+        step_mask = None if mask is None else mask[:, :end]
+        output = model(ids[:, seen:end], attention_mask=step_mask, past_key_values=cache, use_cache=True)
+        logits.append(output.logits)
+        seen = end
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_gives_the_logits_of_a_growing_cache(ids, case, padded):
+    model = build(**CASES[case]).eval()
+    mask = padding(ids) if padded else None
+    widths = [9, 1, 1, 5, 1, 3]
+    growing = steps(model, ids, mask, DynamicCache(config=model.config), widths)
+    static = steps(model, ids, mask, StaticCache(config=model.config, max_cache_len=ROOM), widths)
+    for a, b in zip(static, growing, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_generates_the_same(ids, case, num_beams):
+    model = build(**CASES[case]).eval()
+    options = {"attention_mask": padding(ids), "max_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    expected = model.generate(ids, **options)
+    assert model.generate(ids, **options, cache_implementation="static", disable_compile=True).equal(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [*CASES.values(), {"attention_type": "softmax"}], ids=[*CASES, "softmax"])
+def test_steps_are_compiled_once(ids, changes):
+    """As one graph, which serves every step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(**changes).eval()
+    options = {"attention_mask": padding(ids), "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **options)
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = model.generate(ids, **options, cache_implementation="static", compile_config=compiling)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert compiled.equal(expected)
+
+
+@torch.no_grad()
+def test_room_is_checked(ids):
+    model = build().eval()
+    cache = StaticCache(config=model.config, max_cache_len=21)
+    model(ids, past_key_values=cache, use_cache=True)
+    model(ids[:, :1], past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="StaticCache has room for 21 tokens, and is given 1 after 21"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_a_mask_has_a_column_for_each_token(ids):
+    model = build().eval()
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(3, 32\) and must have \(3, 20\)"):
+        model(ids, attention_mask=torch.ones(3, ROOM), past_key_values=cache, use_cache=True)
