@@ -51,7 +51,7 @@ Tensor tensor_of(const Matrix& m, const Tensor& like) {
 
 void multiply(const Matrix& out, const Matrix& a, const Matrix& b, const Tensor& like) {
   const Tensor result = tensor_of(out, like), left = tensor_of(a, like), right = tensor_of(b, like);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
 }
 
 void fill_zero(const Matrix& contiguous, const Tensor& like) {

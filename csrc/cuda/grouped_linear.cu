@@ -48,7 +48,7 @@ void check_call(const Call& call, const Tensor& x) {
   check_size(call.offsets, "offsets", 0, call.weight.size(0));
   STD_TORCH_CHECK(call.top_k >= 1 && call.num_pairs() % call.top_k == 0, "top_k must divide the ", call.num_pairs(),
                   " pairs of the plan, got ", call.top_k);
-  STD_TORCH_CHECK(call.num_pairs() <= kMaxInt, "there can be ", kMaxInt, " pairs, got ", call.num_pairs());
+  STD_TORCH_CHECK(call.num_pairs() <= kMaxRows, "there can be ", kMaxRows, " pairs, got ", call.num_pairs());
   for (int dim = 0; dim < 3; ++dim) {
     STD_TORCH_CHECK(call.weight.size(dim) <= 1 << 24, "weight must not exceed ", 1 << 24, " in dimension ", dim,
                     ", got ", call.weight.size(dim));

@@ -169,6 +169,9 @@ void check_operand(const Tensor& x, const char* name, int64_t dim, const Tensor&
                   " for TMA, got ", x.size(dim - 1));
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0, name,
                   " must begin at a multiple of 16 bytes");
+  for (int i = 0; i < dim; ++i) {
+    STD_TORCH_CHECK(x.size(i) <= kMaxRows, name, " must not exceed ", kMaxRows, " in dimension ", i, ", got ", x.size(i));
+  }
 }
 
 void check_offsets(const Tensor& offsets, const Tensor& rows) {

@@ -25,6 +25,7 @@ using torch::stable::accelerator::DeviceGuard;
 using Stream = cudaStream_t;
 
 constexpr int64_t kMaxInt = 2147483647;
+constexpr int64_t kMaxRows = kMaxInt - 128;  // a tile that begins before the last row ends within int
 
 inline bool is_on_device(const Tensor& x) { return x.is_cuda(); }
 
@@ -46,6 +47,7 @@ T* mutable_data(const Tensor& x) {
 }
 
 inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // which the next launch would otherwise take for its own
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 

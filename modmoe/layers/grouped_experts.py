@@ -75,10 +75,9 @@ def combine(rows: Tensor, plan: DispatchPlan, gates: Tensor) -> Tensor:
 
 
 def weighted_sum(slots: Tensor, gates: Tensor) -> Tensor:
-    """Rows per slot (N, K, H) and gates (N, K) -> (N, H) in fp32 or wider, under autocast too."""
+    """Rows per slot (N, K, H) and gates (N, K) -> (N, H) in fp32 or wider, under autocast and with tf32 too."""
     dtype = torch.promote_types(slots.dtype, torch.float32)
-    with torch.autocast(slots.device.type, enabled=False):
-        return torch.bmm(gates[:, None].to(dtype), slots.to(dtype)).squeeze(1)
+    return (slots.to(dtype) * gates[..., None].to(dtype)).sum(1)
 
 
 def _sorted_bias(bias: Tensor, plan: DispatchPlan, top_k_index: Tensor) -> Tensor:

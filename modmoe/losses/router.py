@@ -44,7 +44,7 @@ class RouterStatistics:
     ) -> Self:
         """
         Args:
-            logits: per router (N, E).
+            logits: per router (N, E), on any devices.
             top_k_index: per router (N, K); index E counts for no expert.
             token_mask: (N,) bool, the routed tokens; None is all.
         """
@@ -82,7 +82,7 @@ def _sums(logits: torch.Tensor, top_k_index: torch.Tensor, token_mask: torch.Ten
     log_norm = logits.logsumexp(-1)
     log_g = logits - log_norm[:, None]
     g = log_g.exp()
-    keep = torch.ones_like(log_norm) if token_mask is None else token_mask.to(log_norm.dtype)
+    keep = torch.ones_like(log_norm) if token_mask is None else token_mask.to(log_norm)
     # The extra bin takes the sentinel index of tokens that are not routed.
     counts = logits.new_zeros(num_experts + 1)
     counts = counts.scatter_add(0, top_k_index.flatten(), torch.ones_like(top_k_index.flatten(), dtype=counts.dtype))

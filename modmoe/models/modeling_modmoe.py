@@ -298,7 +298,8 @@ class WithRouterLosses(ModMoEPreTrainedModel):
                 of_experts = scores[:, 1:]
                 uses = (index < of_experts.shape[-1]).any(-1)
                 vectors += RouterStatistics.of([of_experts], [index], uses).vectors
-        return RouterStatistics(vectors)
+        # The layers of one model may be spread over several devices.
+        return RouterStatistics([v.to(outputs.last_hidden_state.device) for v in vectors])
 
     @torch.no_grad()
     def router_statistics(self, attention_mask: torch.Tensor | None = None, **inputs: Any) -> RouterStatistics:

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -175,19 +176,20 @@ def _cuda_plan() -> _Plan:
     host = ("-ccbin", compiler, "-Xcompiler", "-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr", "-t0")
     command = (nvcc, "-O3", "-DNDEBUG", *host, *_common_flags())
     archs = cuda_archs()
-    objects = []
+    objects, headers = [], [*sources.glob("*.cuh"), *sources.glob("*.h")]
     for source in sorted(sources.glob("*.cu")):
         if source.stem.endswith("_sm90"):
             include = _cutlass_include()
             if "90a" in archs and include:
                 objects.append((source, (*command, f"-I{include}", *_gencode("90a"))))
+                headers.append(Path(include) / "cutlass" / "version.h")  # of all of CUTLASS, the part that changes
         else:
             objects.append((source, (*command, *(flag for arch in archs for flag in _gencode(arch)))))
     return _Plan(
         compilers=(nvcc, compiler),
         objects=tuple(objects),
         link=(nvcc, "-cudart", "static", "-ccbin", compiler),
-        headers=tuple(sorted([*sources.glob("*.cuh"), *sources.glob("*.h")])),
+        headers=tuple(sorted(headers)),
         target=",".join(archs),
     )
 
@@ -200,8 +202,13 @@ def cuda_archs() -> tuple[str, ...]:
         return DEFAULT_ARCHS
     cards = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     # Older cards have no asynchronous copies and no bfloat16: nothing would compile for them.
-    own = {f"{major}{minor}" + ("a" if major >= 9 else "") for major, minor in cards if major >= 8}
-    return tuple(sorted({"80"} | own))
+    own = {f"{major}{minor}" for major, minor in cards if major >= 8} & _known_archs()
+    return tuple(sorted({"80"} | {arch + ("a" if int(arch) >= 90 else "") for arch in own}))
+
+
+def _known_archs() -> set[str]:
+    """Those that this nvcc can compile for; newer cards run the intermediate code of 80."""
+    return set(re.findall(r"compute_(\d+)$", _run([_nvcc(), "--list-gpu-arch"]), re.MULTILINE))
 
 
 def _gencode(arch: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 The products themselves can be exchanged; see `Products`. Letters as in `grouped_linear.py`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -174,15 +175,21 @@ def _missing(width: int, dtype: torch.dtype) -> int:
 
 def _pad_width(rows: Tensor) -> Tensor:
     missing = _missing(rows.shape[1], rows.dtype)
-    return F.pad(rows, (0, missing)) if missing else aligned(rows.contiguous())
+    return F.pad(rows, (0, missing)) if missing else aligned(_dense(rows))
 
 
 def _pad_matrix(weight: Tensor) -> Tensor:
     """Pad both matrix dims of (E, in, out), and keep the memory order."""
-    if weight.stride(-1) != 1:
+    if weight.stride(-1) != 1 and weight.stride(-2) == 1:
         return _pad_matrix(weight.mT).mT
     rows, columns = (_missing(size, weight.dtype) for size in weight.shape[1:])
-    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else aligned(weight.contiguous())
+    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else aligned(_dense(weight))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous `x`, with the usual strides even where a size is 1: grouped_mm looks at these as well."""
+    usual = tuple(math.prod(x.shape[dim + 1 :]) for dim in range(x.dim()))
+    return x if x.stride() == usual else x.clone(memory_format=torch.contiguous_format)
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -209,8 +216,9 @@ def _from_sorted(
     if layout == "pair":
         return rows if gates is None else _scale(rows, gates.reshape(-1, 1))
     slots = rows.to(_work_dtype(rows.dtype)).unflatten(0, (-1, top_k))
-    total = slots.sum(1) if gates is None else torch.bmm(gates[:, None, :].to(slots.dtype), slots).squeeze(1)
-    return total.to(rows.dtype)
+    if gates is not None:
+        slots = slots * gates[..., None].to(slots.dtype)  # no matrix product: it could be in tf32
+    return slots.sum(1).to(rows.dtype)
 
 
 def _sorted_gates(gates: Tensor, order: Tensor) -> Tensor:

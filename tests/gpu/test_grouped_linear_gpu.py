@@ -10,7 +10,7 @@ import torch
 
 from modmoe.ops import BACKENDS, grouped_linear, grouped_linear_sm90
 from modmoe.ops.grouped_linear import LAYOUTS
-from tests.kernels.checks import DTYPES, EDGES, check_all_masked, check_grouped_linear, make_plan
+from tests.kernels.checks import DTYPES, EDGES, check_all_masked, check_grouped_linear, check_misaligned, make_plan
 
 from .cuda_kernels import require_kernels
 
@@ -48,6 +48,35 @@ def test_edges(size: tuple[int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_all_tokens_masked(target: str) -> None:
     check_all_masked(target, device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+def test_misaligned_and_non_contiguous(backend: str) -> None:
+    check_misaligned("cuda", backend)
+
+
+def test_in_a_graph() -> None:
+    """Replayed with other rows and another plan."""
+    torch.manual_seed(0)
+    plans = [make_plan(200, 2, 6, device="cuda") for _ in range(2)]
+    rows, weight = torch.randn(2, 200, 48, device="cuda"), torch.randn(6, 80, 48, device="cuda")
+    gates = torch.rand(200, 2, device="cuda")
+    x, plan = rows[0].clone(), type(plans[0])(*(t.clone() for t in plans[0]))
+
+    def run() -> torch.Tensor:
+        return grouped_linear(x, weight, plan, top_k=2, gates=gates, backend="cuda")
+
+    run()  # built and loaded
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = run()
+    for other, other_plan in zip(rows, plans, strict=True):
+        x.copy_(other)
+        for old, new in zip(plan, other_plan, strict=True):
+            old.copy_(new)
+        graph.replay()
+        torch.testing.assert_close(actual, run())
 
 
 @pytest.mark.parametrize("backend", ["cuda", "torch"])

@@ -103,6 +103,18 @@ def check_grouped_linear(
         assert_near(value, expected[name], dtype, name)
 
 
+def check_misaligned(device: str = "cpu", backend: str = "cuda") -> None:
+    """Tensors that do not begin at a multiple of 16 bytes take the way without vectors."""
+    plan = make_plan(9, 2, 3, device=device)
+    x, weight, gates = (t.to(device) for t in (torch.randn(9, 8), torch.randn(3, 16, 8), torch.rand(9, 2)))
+    expected = grouped_linear(x, weight, plan, top_k=2, gates=gates, backend="reference")
+    shifted = torch.empty(x.numel() + 1, device=device)[1:].view_as(x).copy_(x)
+    sparse = torch.empty(3, 32, 16, device=device)[:, ::2, ::2].copy_(weight)
+    for rows, matrices in ((shifted, weight), (x.T.contiguous().T, weight.mT.contiguous().mT), (x, sparse)):
+        actual = grouped_linear(rows, matrices, plan, top_k=2, gates=gates.T.contiguous().T, backend=backend)
+        torch.testing.assert_close(actual, expected)
+
+
 def check_all_masked(target: str, device: str = "cpu", backend: str = "cuda") -> None:
     """Zeros everywhere, and rows that nobody owns are never read."""
     plan = make_plan(6, 2, 3, masked=1.1, device=device)

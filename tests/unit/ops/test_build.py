@@ -171,9 +171,12 @@ def test_torch_without_cuda(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert build.library_problem("cuda") == "this torch is built without CUDA"
 
 
-def test_cards_that_are_too_old_are_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing would compile for them, and a newer card beside them would have no kernels either."""
-    cards = [(7, 5), (8, 6), (9, 0)]
+def test_cards_that_are_too_old_or_too_new_are_not_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would compile for them, and a card beside them would have no kernels either."""
+    cards = [(7, 5), (8, 6), (9, 0), (12, 0)]
+    listed = "compute_75\ncompute_80\ncompute_86\ncompute_90\n"
+    monkeypatch.setattr(build, "_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "_run", lambda command: listed if "--list-gpu-arch" in command else "")
     monkeypatch.delenv(build.ARCHS_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))

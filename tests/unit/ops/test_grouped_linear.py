@@ -111,7 +111,7 @@ def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)]
 )
 # Also the fewest rows that can be, and many, so that the cut of low-precision products is met.
 @pytest.mark.parametrize(

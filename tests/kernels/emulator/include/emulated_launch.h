@@ -12,6 +12,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxInt = 2147483647;
+constexpr int64_t kMaxRows = kMaxInt - 128;
 
 struct Stream {};
 struct DeviceGuard {
