@@ -7,13 +7,24 @@ otherwise, more than those of products.
 
 import copy
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
-from transformers import DynamicCache, JetMoeConfig, JetMoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from benchmarks.workload import Contender, Run, Workload
 from modmoe import ModMoEConfig, ModMoEForCausalLM
@@ -21,6 +32,7 @@ from modmoe import ModMoEConfig, ModMoEForCausalLM
 PRESET = Path(__file__).parents[2] / "configs" / "model" / "molm_tiny.yaml"
 OURS = "ModMoE"
 NAMES = (OURS, "HF JetMoE, eager", "HF JetMoE, sdpa", "HF Llama")
+COMPILED = (OURS, "HF Llama")  # also decode with compiled steps
 DECODE_STEPS = 16
 VOCABULARY, LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4096, 4, 8, 4, 64, 256
 
@@ -71,10 +83,15 @@ def decoding(cache: int, bf16: bool) -> Workload:
     """`DECODE_STEPS` steps of one token on a cache of `cache` tokens, which is the same in all rounds."""
     prompt = torch.randint(VOCABULARY, (1, cache), generator=torch.Generator().manual_seed(0))
     cached = LAYERS * 2 * KV_HEADS * HEAD_DIM * cache
+    contenders = [_contender(name, _Decoding(name, prompt, bf16), _exact_decoding(name, prompt)) for name in NAMES]
+    contenders += [
+        _contender(f"{name}, compiled", _CompiledDecoding(name, prompt, bf16), _exact_decoding(name, prompt))
+        for name in COMPILED
+    ]
     return Workload(
         name=f"model decoding, cache {cache}",
         draw=lambda: torch.randint(VOCABULARY, (1, DECODE_STEPS)),
-        contenders=[_contender(name, _Decoding(name, prompt, bf16), _exact_decoding(name, prompt)) for name in NAMES],
+        contenders=contenders,
         tokens=DECODE_STEPS,
         flops=DECODE_STEPS * _flops_per_token(cache),
         bytes=DECODE_STEPS * (_active_weights() + cached) * _itemsize(bf16),
@@ -83,7 +100,7 @@ def decoding(cache: int, bf16: bool) -> Workload:
 
 
 def _contender(name: str, run: Run, reference: Run) -> Contender:
-    return Contender(name, run, reference, "ours" if name == OURS else "peer")
+    return Contender(name, run, reference, "ours" if name.startswith(OURS) else "peer")
 
 
 def _training_step(name: str, bf16: bool) -> Run:
@@ -120,6 +137,27 @@ class _Decoding:
         return decode(build_models()[self.name].eval(), self.cache, ids, self.bf16)
 
 
+class _CompiledDecoding(_Decoding):
+    """With a static cache, into which the steps just fit, and with steps compiled as one graph."""
+
+    @functools.cached_property
+    def cache(self) -> StaticCache:
+        model = build_models()[self.name].eval()
+        cache = StaticCache(config=model.config, max_cache_len=self.prompt.shape[1] + DECODE_STEPS)
+        prefill(model, cache, self.prompt, self.bf16)
+        return cache
+
+    @functools.cached_property
+    def step(self) -> Callable[..., Any]:
+        return torch.compile(build_models()[self.name].eval().forward, fullgraph=True)
+
+    def __call__(self, ids: Tensor) -> dict[str, Tensor]:
+        logits = steps(self.step, self.cache, ids, self.bf16)
+        for layer in self.cache.layers:
+            layer.cumulative_length.sub_(ids.shape[1])
+        return {"logits": logits}
+
+
 def _exact_decoding(name: str, prompt: Tensor) -> Run:
     def run(ids: Tensor) -> dict[str, Tensor]:
         model = _in_float64(name).eval()
@@ -130,18 +168,28 @@ def _exact_decoding(name: str, prompt: Tensor) -> Run:
 
 def fill_cache(model: PreTrainedModel, prompt: Tensor, bf16: bool) -> DynamicCache:
     cache = DynamicCache(config=model.config)
+    prefill(model, cache, prompt, bf16)
+    return cache
+
+
+def prefill(model: PreTrainedModel, cache: Cache, prompt: Tensor, bf16: bool) -> None:
     with torch.no_grad(), _autocast(bf16):
         model(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def decode(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, bf16: bool) -> dict[str, Tensor]:
     """One step for each column of `ids`; the cache is as before afterwards."""
-    with torch.no_grad(), _autocast(bf16):
-        for i in range(ids.shape[1]):
-            logits = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+    logits = steps(model, cache, ids, bf16)
     cache.crop(-ids.shape[1])
     return {"logits": logits}
+
+
+def steps(forward: Callable[..., Any], cache: Cache, ids: Tensor, bf16: bool) -> Tensor:
+    """The logits of the last one."""
+    with torch.no_grad(), _autocast(bf16):
+        for i in range(ids.shape[1]):
+            logits: Tensor = forward(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+    return logits
 
 
 def _in_float64(name: str) -> PreTrainedModel:

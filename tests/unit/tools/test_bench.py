@@ -235,11 +235,16 @@ def test_models(monkeypatch):
     )
     monkeypatch.setattr(models, "build_models", lambda: dict(zip(models.NAMES, tiny, strict=True)))
     monkeypatch.setattr(models, "VOCABULARY", TINY["vocab_size"])
-    for workload in (models.training(12, bf16=False), models.decoding(8, bf16=False)):
-        row = run(workload, rounds=2)
-        check(row, models.NAMES, tolerance=1e-4)
-        assert row.ratios.keys() == {"ModMoE"}
+    row = run(models.training(12, bf16=False), rounds=2)
+    check(row, models.NAMES, tolerance=1e-4)
+    assert row.ratios.keys() == {"ModMoE"}
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    row = run(models.decoding(8, bf16=False), rounds=2)
+    check(row, (*models.NAMES, "ModMoE, compiled", "HF Llama, compiled"), tolerance=1e-4)
+    assert row.ratios.keys() == {"ModMoE", "ModMoE, compiled"}
     assert row.tokens == models.DECODE_STEPS
+    assert compiled == [{"fullgraph": True}] * 2
 
 
 def test_models_are_of_equal_active_size():
