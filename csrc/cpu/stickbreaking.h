@@ -101,7 +101,9 @@ struct Tile {
 
   // True if no row may see any of these keys, because they do not exist.
   bool hides_all(int64_t from, int64_t to) const {
-    return p.key_mask && !std::memchr(p.key_mask + b * p.keys + from, true, to - from);
+    if (!p.key_mask) return false;
+    const bool* const mask = p.key_mask + b * p.keys;
+    return std::none_of(mask + from, mask + to, [](bool exists) { return exists; });
   }
 
   Left<T, false> keys(int64_t from, int64_t to) const { return block<false>(p.k, from, to); }

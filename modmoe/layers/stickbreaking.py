@@ -113,8 +113,8 @@ def stickbreaking_mask(
         raise ValueError("stick-breaking attention is causal and cannot honour or_mask_function or and_mask_function")
     if kv_offset or kv_length != q_offset + q_length:
         raise ValueError(
-            f"transformers hands stick-breaking attention no cache with unused slots: got {kv_length} slots for "
-            f"{q_offset} cached and {q_length} new tokens; use DynamicCache"
+            f"in other models than ModMoE, stick-breaking attention cannot use a cache with unused slots: got "
+            f"{kv_length} slots for {q_offset} cached and {q_length} new tokens; use DynamicCache"
         )
     if attention_mask is not None and attention_mask.shape != (batch_size, kv_length):
         raise ValueError(

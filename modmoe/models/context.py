@@ -68,17 +68,30 @@ def attention_inputs(
 
     Raises:
         ValueError: inputs that contradict each other or the config.
+        RuntimeError: a gradient wanted of stick-breaking attention to a static cache.
     """
     batch, length = embeds.shape[:2]
     seen = tokens_seen(cache)
     check_context(config, attention_mask, batch, length, seen, cache)
+    room = slots(cache)
+    if (
+        room is not None
+        and config.attention_type == "stickbreaking"
+        and torch.is_grad_enabled()
+        and embeds.requires_grad
+    ):
+        raise RuntimeError(
+            f"attention to a {type(cache).__name__} has no gradient: call the model under torch.no_grad()"
+        )
     starts = None
-    if position_ids is not None and not isinstance(seen, torch.Tensor) and seen == 0:
+    if position_ids is not None and length > 1 and _may_be_empty(seen, config):
         real = attention_mask.bool() if attention_mask is not None and attention_mask.ndim == 2 else None
         starts = document_starts(position_ids.expand(batch, -1), real)
+        if isinstance(seen, torch.Tensor):
+            starts = torch.where(seen == 0, starts, 0)
     if config.attention_type == "stickbreaking":
         mask = StickbreakingMask(None if attention_mask is None else attention_mask.bool(), starts)
-        return AttentionInputs(mask if (room := slots(cache)) is None else _of_slots(mask, room, embeds, seen))
+        return AttentionInputs(mask if room is None else _of_slots(mask, room, embeds, seen))
     if position_ids is None:
         position_ids = next_positions(embeds, cache)
     arguments: dict[str, Any] = {"position_ids": position_ids}
@@ -108,6 +121,11 @@ def tokens_seen(cache: Cache | None) -> int | torch.Tensor:
     return seen if torch.compiler.is_compiling() else int(seen)
 
 
+def _may_be_empty(seen: int | torch.Tensor, config: ModMoEConfig) -> bool:
+    """Softmax masks ask, which breaks a compiled graph: what they are made of differs for an empty cache."""
+    return bool(seen == 0) if config.attention_type == "softmax" or isinstance(seen, int) else True
+
+
 def _of_slots(mask: StickbreakingMask, room: int, embeds: torch.Tensor, seen: int | torch.Tensor) -> StickbreakingMask:
     """The mask (B, S) of the tokens so far, or a `slot_mask`, for all slots of a static cache."""
     batch, length = embeds.shape[:2]
@@ -118,21 +136,23 @@ def _of_slots(mask: StickbreakingMask, room: int, embeds: torch.Tensor, seen: in
     return mask._replace(key_mask=key_mask, lengths=lengths)
 
 
-def slot_mask(attention_mask: torch.Tensor | None, length: int, cache: Cache) -> torch.Tensor | None:
+def slot_mask(attention_mask: torch.Tensor | None, embeds: torch.Tensor, cache: Cache) -> torch.Tensor | None:
     """
     For `generate` with a static cache: the mask of one token in a shape that does not change from token to token.
 
     Args:
-        attention_mask: (B, S), 0 for padding.
-        length: T.
+        attention_mask: (B, S), 0 for padding; None is all real.
+        embeds: (B, T, any), of which only shape and device count.
         cache: a static one.
 
     Returns:
         (B, 1, 1, slots) bool for one token; else `attention_mask`.
     """
-    room = slots(cache)
-    if attention_mask is None or room is None or length > 1:
+    room, (batch, length) = slots(cache), embeds.shape[:2]
+    if room is None or length > 1:
         return attention_mask
+    if attention_mask is None:
+        return torch.ones(batch, 1, 1, room, dtype=torch.bool, device=embeds.device)
     return _for_slots(attention_mask.bool(), room)[:, None, None]
 
 
@@ -229,6 +249,8 @@ def check_context(
         if config.attention_type == "softmax":
             return  # masks may be as wide as the cache
         if attention_mask is not None and attention_mask.shape == (batch, 1, 1, room) and length == 1:
+            if attention_mask.dtype != torch.bool:
+                raise TypeError(f"the mask of a static cache's slots must be bool, got {attention_mask.dtype}")
             return
     if not config.is_causal and seen:
         raise ValueError(
@@ -236,9 +258,14 @@ def check_context(
         )
     if attention_mask is None or (attention_mask.ndim != 2 and config.attention_type == "softmax"):
         return
-    if isinstance(seen, torch.Tensor):
-        return
-    wanted = (batch, seen + length)
+    columns: int | str
+    if isinstance(seen, torch.Tensor):  # compiled code cannot ask how many there are
+        assert room is not None
+        fits = attention_mask.ndim == 2 and length <= attention_mask.shape[1] <= room
+        columns = attention_mask.shape[1] if fits else f"{length} to {room}"
+    else:
+        columns = seen + length
+    wanted = (batch, columns)
     if attention_mask.shape != wanted:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)} and must have {wanted}: one entry for each "

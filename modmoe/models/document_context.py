@@ -97,7 +97,7 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
 def _newest_last(
     values: torch.Tensor, exists: torch.Tensor | None, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn the slots (B, heads, S, D) of a static cache round: those without a token come first."""
+    """Turn the slots (B, heads, S, D) of a static cache round, in a copy: those without a token come first."""
     num_slots = values.shape[2]
     index = (torch.arange(num_slots, device=values.device) + lengths[:, None]) % num_slots
     used = index < lengths[:, None]
@@ -106,7 +106,7 @@ def _newest_last(
 
 
 def _running_sum(x: torch.Tensor, length: int) -> torch.Tensor:
-    """(B, S, ...) -> (B, T, ...) fp32 or wider, for the last T. What is cached is not copied to be summed."""
+    """(B, S, ...) -> (B, T, ...) fp32 or wider, for the last T. Cached values are not copied to be summed."""
     old, new = x.split([x.shape[1] - length, length], dim=1)
     return old.sum(1, keepdim=True, dtype=_wide(x)) + new.cumsum(1, dtype=_wide(x))
 

@@ -344,7 +344,7 @@ class WithRouterLosses(ModMoEPreTrainedModel):
             weight = 1.0 / _at_least_one(num_tokens_in_batch)
         elif num_items_in_batch is not None and targets is not None:
             share = (targets != -100).sum() / num_items_in_batch
-            weight = share / local.num_tokens.clamp_min(1)
+            weight = share.to(local.num_tokens.device) / local.num_tokens.clamp_min(1)
         elif world > 1:  # the caller averages losses over ranks, so each rank counts `world` times
             weight = world / reference.num_tokens.clamp_min(1)
         return router_losses(
@@ -378,7 +378,7 @@ class WithRouterLosses(ModMoEPreTrainedModel):
         if statistics is None:
             return
         losses = self._router_losses(statistics, *shares)
-        result.loss = task_loss + self.config.router_aux_loss_coef * losses.contribution
+        result.loss = task_loss + self.config.router_aux_loss_coef * losses.contribution.to(task_loss.device)
         result.aux_loss, result.aux_losses = losses.aux_loss, losses.parts
         loads = iter(statistics.tokens_per_expert())
         result.tokens_per_expert = tuple(next(loads) for _ in outputs.router_logits or ())
@@ -443,7 +443,7 @@ class ModMoEForCausalLM(WithRouterLosses, GenerationMixin):
     ) -> Any:
         """What `generate` passes as attention mask where there is a static cache; it calls this."""
         if config.attention_type == "stickbreaking":
-            return slot_mask(attention_mask, inputs_embeds.shape[1], past_key_values)
+            return slot_mask(attention_mask, inputs_embeds, past_key_values)
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,

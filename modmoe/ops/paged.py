@@ -118,6 +118,8 @@ def _forward(
         return stickbreaking_triton.paged_forward(
             q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop
         )
+    if q.numel() == 0:
+        return _forward_fake(q, k_pages, v_pages, block_table, lengths, scale, attend_current, early_stop, backend)
     k, v = _gather(k_pages, v_pages, block_table, lengths)
     out, remainder = stickbreaking_attention(
         q,

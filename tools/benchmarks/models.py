@@ -153,7 +153,7 @@ class _CompiledDecoding(_Decoding):
 
     def __call__(self, ids: Tensor) -> dict[str, Tensor]:
         logits = steps(self.step, self.cache, ids, self.bf16)
-        for layer in self.cache.layers:
+        for layer in self.cache.layers:  # a static cache cannot be cropped
             layer.cumulative_length.sub_(ids.shape[1])
         return {"logits": logits}
 

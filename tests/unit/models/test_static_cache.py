@@ -94,6 +94,59 @@ def test_steps_are_compiled_once(ids, changes):
 
 
 @torch.no_grad()
+def test_padded_and_other_texts_share_the_compiled_step(ids):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build().eval()
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "compile_config": compiling}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for mask in (padding(ids), torch.ones_like(ids)):
+            model.generate(ids, attention_mask=mask, **options)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_documents_fill_an_empty_cache(ids, case, compiled):
+    torch._dynamo.reset()
+    model = make(CASES[case])
+    positions = torch.cat([torch.arange(8), torch.arange(12)]).expand(3, -1)
+    expected = model(ids, position_ids=positions).logits
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    model(ids, past_key_values=cache, use_cache=True)
+    cache.reset()
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager") if compiled else model.forward
+    packed = forward(ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    torch.testing.assert_close(packed.logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_masks_that_do_not_fit_are_refused(ids):
+    model = build().eval()
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    model(ids, past_key_values=cache, use_cache=True)
+    step = {"input_ids": ids[:, :1], "past_key_values": cache, "use_cache": True}
+    with pytest.raises(TypeError, match="mask of a static cache's slots must be bool, got torch.float32"):
+        model(attention_mask=torch.zeros(3, 1, 1, ROOM), **step)
+    compiled = torch.compile(model.forward, backend="aot_eager")
+    for shape in ((3, 1, 1, 20), (3, 40), (1, 21)):
+        for forward in (model.forward, compiled):
+            with pytest.raises(ValueError, match="attention_mask has shape"):
+                forward(attention_mask=torch.ones(shape), **step)
+
+
+def test_gradients_are_refused_before_the_cache_is_filled(ids):
+    model = build().eval()
+    cache = StaticCache(config=model.config, max_cache_len=ROOM)
+    with pytest.raises(RuntimeError, match="attention to a StaticCache has no gradient"):
+        model(ids, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
 def test_room_is_checked(ids):
     model = build().eval()
     cache = StaticCache(config=model.config, max_cache_len=21)

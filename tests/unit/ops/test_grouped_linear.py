@@ -20,7 +20,7 @@ from modmoe.ops import (
 )
 from modmoe.ops.build import cpu_problem
 from modmoe.ops.grouped_linear import LAYOUTS
-from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _spans
+from modmoe.ops.grouped_linear_torch import _multiply_on_device, _outer_on_device, _pad_matrix, _spans
 
 # (tokens, top_k, experts, in, out)
 SIZES = [(1, 1, 1, 3, 5), (1, 2, 32, 4, 4), (7, 2, 3, 5, 3), (23, 3, 6, 7, 9), (4, 2, 3, 0, 5), (4, 2, 3, 5, 0)]
@@ -113,6 +113,7 @@ def test_against_a_loop(size: tuple[int, ...], source: str, target: str, gated: 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)]
 )
+# bfloat16's is for gradients of few gates: PyTorch's path rounds a factor of these dot products, which may cancel.
 # Also the fewest rows that can be, and many, so that the cut of low-precision products is met.
 @pytest.mark.parametrize(
     "size",
@@ -504,3 +505,18 @@ def test_any_number_of_threads(widths: tuple[int, int], threads: int) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name].double(), grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_matrices_of_any_strides_become_what_grouped_mm_takes() -> None:
+    wide = torch.randn(3, 32, 16)
+    for weight in (wide, wide.mT, wide[:, ::2, ::2], wide[:, 1:, :], torch.randn(8, 1).T[None]):
+        padded = _pad_matrix(weight)
+        assert torch.equal(padded[:, : weight.shape[1], : weight.shape[2]], weight)
+        assert 1 in padded.stride()[1:]
+        assert max(padded.stride()[1:]) % 4 == 0  # 16 bytes
+
+
+def test_compiled_graphs_do_not_capture_it() -> None:
+    """Its products may wait for the host, which a CUDA graph cannot."""
+    for op in (torch.ops.modmoe.grouped_linear.default, torch.ops.modmoe.grouped_linear_backward.default):
+        assert torch.Tag.cudagraph_unsafe in op.tags

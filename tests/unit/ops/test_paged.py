@@ -142,3 +142,9 @@ def test_errors_name_the_value() -> None:
     fails(RuntimeError, "call it under torch.no_grad", [q.clone().requires_grad_(), *inputs[1:]])
     fails(RuntimeError, "one device, got", [q.to("meta"), *inputs[1:]])
     fails(ValueError, "has no backend 'cuda'", inputs, backend="cuda")
+
+
+def test_no_sequences() -> None:
+    q, pages, table = torch.empty(0, 4, 1, 8), torch.empty(2, 16, 2, 8), torch.empty(0, 0, dtype=torch.int64)
+    out, remainder = stickbreaking_paged_attention(q, pages, pages, table, torch.empty(0, dtype=torch.int64))
+    assert (out.shape, remainder.shape) == ((0, 4, 1, 8), (0, 4, 1))
