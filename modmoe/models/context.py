@@ -122,7 +122,7 @@ def tokens_seen(cache: Cache | None) -> int | torch.Tensor:
 
 
 def _may_be_empty(seen: int | torch.Tensor, config: ModMoEConfig) -> bool:
-    """Softmax masks ask, which breaks a compiled graph: what they are made of differs for an empty cache."""
+    """Compiled code asks only for softmax, whose masks for an empty cache are others; its graph breaks there."""
     return bool(seen == 0) if config.attention_type == "softmax" or isinstance(seen, int) else True
 
 

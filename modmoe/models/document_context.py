@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from modmoe.layers.stickbreaking import StickbreakingMask
 from modmoe.models.configuration_modmoe import ModMoEConfig
 from modmoe.models.context import AttentionInputs
+from modmoe.ops.stickbreaking_torch import ending_together
 
 _EPSILON = 1e-12  # of mean squares: the mean over a long document is small, and must not be taken for zero
 
@@ -83,7 +84,7 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
         exists = values.new_ones((), dtype=torch.bool).expand(len(values), values.shape[2])
     else:
         if mask.lengths is not None:
-            values, exists = _newest_last(values, exists, mask.lengths)
+            (values,), exists = ending_together((values,), exists, mask.lengths)
         assert exists is not None
         values = values * exists[:, None, :, None].to(values.dtype)
     sums = _running_sum(values.transpose(1, 2), length)
@@ -92,17 +93,6 @@ def running_mean(values: torch.Tensor, length: int, mask: StickbreakingMask) -> 
         # Documents are packed only where nothing is cached: token t is key t.
         sums, counts = (x - _before(x, mask.document_start) for x in (sums, counts))
     return sums / counts.clamp(min=1)
-
-
-def _newest_last(
-    values: torch.Tensor, exists: torch.Tensor | None, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn the slots (B, heads, S, D) of a static cache round, in a copy: those without a token come first."""
-    num_slots = values.shape[2]
-    index = (torch.arange(num_slots, device=values.device) + lengths[:, None]) % num_slots
-    used = index < lengths[:, None]
-    values = values.take_along_dim(index[:, None, :, None], 2)
-    return values, used if exists is None else used & exists.gather(1, index)
 
 
 def _running_sum(x: torch.Tensor, length: int) -> torch.Tensor:

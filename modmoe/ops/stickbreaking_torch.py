@@ -79,17 +79,25 @@ def _problem(
     )
 
 
-def _ending_together(
-    k: Tensor, v: Tensor, key_mask: Tensor | None, document_start: Tensor | None, lengths: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Copy the keys of sequences of some lengths (B,) so that all end at S; what is before them does not exist."""
-    shift = k.shape[2] - lengths[:, None]
-    index = torch.arange(k.shape[2], device=k.device) - shift
+def ending_together(
+    tensors: Sequence[Tensor], key_mask: Tensor | None, lengths: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Copy what a cache with room for more holds of each sequence, so that all sequences end at the last slot.
+
+    Args:
+        tensors: (B, heads, S, D) each, with the sequences at the beginning.
+        key_mask: (B, S) bool, keys that exist; None is all.
+        lengths: (B,) integer, of the sequences.
+
+    Returns:
+        The copies, with any keys of a sequence in front of it; (B, S) bool, which of their keys exist.
+    """
+    num_slots = tensors[0].shape[2]
+    index = torch.arange(num_slots, device=lengths.device) - (num_slots - lengths[:, None])
     exists = index >= 0
     index = index.clamp(min=0)
-    k, v = (x.take_along_dim(index[:, None, :, None], 2) for x in (k, v))
-    key_mask = exists if key_mask is None else exists & key_mask.gather(1, index)
-    return k, v, key_mask, None if document_start is None else document_start + shift
+    moved = [x.take_along_dim(index[:, None, :, None], 2) for x in tensors]
+    return moved, exists if key_mask is None else exists & key_mask.gather(1, index)
 
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
@@ -205,7 +213,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out and remainder; old keys are read even when the stick is used up."""
     if lengths is not None:
-        k, v, key_mask, document_start = _ending_together(k, v, key_mask, document_start, lengths)
+        if document_start is not None:
+            document_start = document_start + (k.shape[2] - lengths)[:, None]
+        (k, v), key_mask = ending_together((k, v), key_mask, lengths)
     p = _problem(q, k, v, key_mask, document_start, scale, attend_current)
     out = torch.empty_like(p.q)
     remainder = out.new_empty(out.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
